@@ -1,0 +1,264 @@
+"""Options, images in and out, metrics and safe files."""
+
+import functools
+import hashlib
+import http.server
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+import utils
+
+
+def gradient(height, width, channels=3):
+    """A uint8 image in which every pixel is different from its neighbours."""
+    return (np.arange(height * width * channels) * 7 % 256).astype(np.uint8).reshape(height, width, channels)
+
+
+# -----------------------------------------------------------------------------
+# Options
+# -----------------------------------------------------------------------------
+
+SCRIPT = '''"""What it does."""
+BATCH_SIZE = 64  # images per step
+LR = 1e-3  # learning rate, 100 % of it
+FLIP = True  # flip images
+WIDTHS = (32, 64)  # channels
+SIGMA = None  # noise level
+NAME = "score"  # of the files
+lower = 1
+'''
+
+
+@pytest.fixture
+def constants(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    constants = {"__file__": str(path), "__doc__": "What it does."}
+    exec(SCRIPT, constants)
+    return constants
+
+
+def test_options_default_to_the_constants(constants):
+    expected = {"batch_size": 64, "lr": 1e-3, "flip": True, "widths": (32, 64), "sigma": None, "name": "score"}
+    assert vars(utils.parse_options(constants, [])) == expected
+
+
+def test_options_have_the_types_of_the_constants(constants):
+    line = "--batch-size 8 --lr 2e-4 --no-flip --widths 16 32 48 --sigma 0.1 --name mine"
+    expected = {"batch_size": 8, "lr": 2e-4, "flip": False, "widths": (16, 32, 48), "sigma": 0.1, "name": "mine"}
+    assert vars(utils.parse_options(constants, line.split())) == expected
+    assert utils.parse_options(constants, ["--sigma", "none"]).sigma is None
+
+
+def test_help_lists_every_constant_with_its_comment(constants, capsys):
+    with pytest.raises(SystemExit) as stop:
+        utils.parse_options(constants, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in ("--batch-size", "images per step [64]", "100 % of it", "--no-flip", "[32 64]", "--sigma", "What it does."):
+        assert part in text
+
+
+@pytest.mark.parametrize("line", ["--batch 8", "--batch-size x", "--batch-size 1.5", "--unknown 1", "--sigma big", "--lower 2"])
+def test_a_wrong_option_is_one_line_and_code_two(constants, capsys, line):
+    with pytest.raises(SystemExit) as stop:
+        utils.parse_options(constants, line.split())
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# -----------------------------------------------------------------------------
+# Images
+# -----------------------------------------------------------------------------
+
+
+def test_pictures_of_every_kind_become_rgb_in_the_unit_interval(tmp_path):
+    rgb = gradient(6, 8)
+    Image.fromarray(rgb).save(tmp_path / "a_rgb.png")
+    Image.fromarray(rgb[:, :, 0]).save(tmp_path / "b_grey.png")
+    Image.fromarray(np.dstack([rgb, np.full((6, 8), 255, np.uint8)])).save(tmp_path / "c_alpha.png")
+    Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "d_deep.png")
+    np.save(tmp_path / "e_bytes.npy", rgb)
+    np.save(tmp_path / "f_stack.npy", np.stack([rgb, rgb]))
+    noisy = rgb / 255 + np.random.default_rng(0).normal(0, 0.3, rgb.shape)
+    np.save(tmp_path / "g_floats.npy", noisy)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = dict(utils.read_images(tmp_path))
+    assert list(images) == ["a_rgb", "b_grey", "c_alpha", "d_deep", "e_bytes", "f_stack_00000", "f_stack_00001", "g_floats"]
+    assert all(x.dtype == np.float32 and x.shape == (6, 8, 3) for x in images.values())
+    grey = np.repeat(rgb[:, :, :1], 3, axis=2)
+    for name, expected in {"a_rgb": rgb, "b_grey": grey, "c_alpha": rgb, "d_deep": grey, "e_bytes": rgb, "f_stack_00001": rgb}.items():
+        np.testing.assert_allclose(images[name], expected / 255, atol=1e-6)
+    np.testing.assert_allclose(images["g_floats"], noisy, atol=1e-6)  # neither clipped nor rounded
+    assert images["g_floats"].min() < 0
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    Image.fromarray(gradient(6, 8)).save(tmp_path / "turned.png", exif=exif)
+    ((_, image),) = utils.read_images(tmp_path / "turned.png")
+    np.testing.assert_allclose(image, np.rot90(gradient(6, 8), -1) / 255, atol=1e-6)
+
+
+def test_images_of_one_name_stay_apart(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(gradient(4, 4)).save(tmp_path / folder / "same.png")
+    assert [name for name, _ in utils.read_images(tmp_path)] == ["same", "same_2"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "text.npy").write_text("not an array")
+    Image.fromarray(gradient(64, 64)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-40])
+    np.save(tmp_path / "shape.npy", np.zeros((4, 4), np.uint8))
+    np.save(tmp_path / "type.npy", np.zeros((4, 4, 3), np.int64))
+    np.save(tmp_path / "range.npy", np.full((4, 4, 3), 128.0))
+    np.save(tmp_path / "nan.npy", np.full((4, 4, 3), np.nan))
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        utils.read_images(tmp_path / "nowhere")
+    for name in ("empty", "text.png", "text.npy", "cut.png", "shape.npy", "type.npy", "range.npy", "nan.npy", "object.npy"):
+        with pytest.raises(ValueError, match=name):
+            utils.read_images(tmp_path / name)
+
+
+def test_the_samples_come_without_a_network():
+    names, images = zip(*utils.read_images("samples"))
+    assert names == utils.SAMPLES and all(x.shape == (128, 128, 3) and 0 <= x.min() < x.max() <= 1 for x in images)
+    patches = utils.read_patches("samples")
+    assert patches.dtype == torch.uint8 and patches.shape[1:] == (3, 32, 32) and len(patches) > 1000
+
+
+def test_patches_tile_the_image(tmp_path):
+    image = gradient(70, 100)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    np.save(tmp_path / "b.npy", np.stack([gradient(32, 32)] * 3))
+    patches = utils.read_patches(tmp_path).permute(0, 2, 3, 1).numpy()
+    assert len(patches) == 2 * 3 + 3
+    for k in range(6):
+        row, column = divmod(k, 3)
+        assert np.array_equal(patches[k], image[32 * row : 32 * row + 32, 32 * column : 32 * column + 32])
+    assert np.array_equal(patches[6], gradient(32, 32))
+
+
+def test_images_smaller_than_a_patch_are_refused(tmp_path):
+    Image.fromarray(gradient(31, 40)).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match="small.png.*40 x 31"):
+        utils.read_patches(tmp_path)
+
+
+@pytest.fixture
+def cifar_archive(tmp_path, monkeypatch):
+    """Serve a stand-in for CIFAR-10's archive, of 3 images a batch, where torchvision looks for it; yield its arrays."""
+    folder = tmp_path / "remote" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    arrays, lists = {}, {}
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"]:
+        arrays[name] = np.random.default_rng(len(arrays)).integers(0, 256, (3, 3072), dtype=np.uint8)
+        content = {"label_names": ["a"]} if name == "batches.meta" else {"data": arrays[name], "labels": [0, 0, 0]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        lists[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    archive = tmp_path / "remote" / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{k}", lists[f"data_batch_{k}"]] for k in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", lists["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": lists["batches.meta"]})
+    yield arrays
+    server.shutdown()
+    server.server_close()
+
+
+def test_cifar10_is_downloaded_once_and_read_in_its_order(cifar_archive, tmp_path, monkeypatch):
+    data_dir = str(tmp_path / "data")
+    expected = np.concatenate([cifar_archive[f"data_batch_{k}"] for k in range(1, 6)]).reshape(-1, 3, 32, 32)
+    assert np.array_equal(utils.read_patches("cifar10", data_dir).numpy(), expected)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nowhere")  # the second time nothing is downloaded
+    test = cifar_archive["test_batch"].reshape(-1, 3, 32, 32)
+    assert np.array_equal(utils.read_patches("cifar10", data_dir, train=False).numpy(), test)
+    names, images = zip(*utils.read_images("cifar10", data_dir))
+    assert names[2] == "cifar10_00002"
+    np.testing.assert_allclose(images[2], test[2].transpose(1, 2, 0) / 255, atol=1e-6)
+
+
+def test_without_a_network_the_download_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nowhere")  # nobody listens there
+    with pytest.raises(OSError, match="could it be downloaded.*connect to the network"):
+        utils.read_patches("cifar10", str(tmp_path))
+
+
+# -----------------------------------------------------------------------------
+# Noise and metrics
+# -----------------------------------------------------------------------------
+
+
+def test_the_noise_is_one_stream_neither_clipped_nor_rounded():
+    images = [np.full((32, 32, 3), 0.5, np.float32)] * 4
+    noise = np.random.default_rng(3).standard_normal((4, 32, 32, 3))
+    noisy = utils.add_noise(images, 0.4, seed=3)
+    np.testing.assert_allclose(noisy, 0.5 + 0.4 * noise, atol=1e-6)
+    assert np.array_equal(utils.add_noise(images[:2], 0.4, seed=3), noisy[:2])
+    assert np.min(noisy) < 0 and np.max(noisy) > 1
+
+
+def test_psnr_of_a_known_error():
+    x0 = np.full((8, 8, 3), 0.5)
+    assert abs(utils.psnr(x0 + 0.1, x0) - 20) < 1e-9
+    assert abs(utils.psnr(x0 + 7, x0) - -10 * np.log10(0.25)) < 1e-9  # clipped to 1
+    assert utils.psnr(x0, x0) == float("inf")
+
+
+def test_ssim_is_one_for_equal_images_and_falls_with_noise():
+    ((_, x0),) = utils.read_images("samples")[:1]
+    mild, strong = (utils.ssim(utils.add_noise([x0], sigma, 0)[0], x0) for sigma in (0.05, 0.2))
+    assert abs(utils.ssim(x0, x0) - 1) < 1e-9 and strong < mild < 1
+    assert np.isnan(utils.ssim(x0[:8, :8], x0[:8, :8]))
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.3])
+def test_the_noise_level_of_a_smooth_image_is_estimated(sigma):
+    smooth = np.repeat(np.linspace(0.2, 0.8, 128 * 128).reshape(128, 128, 1), 3, axis=2)
+    (noisy,) = utils.add_noise([smooth], sigma, 0)
+    assert abs(utils.estimate_sigma(noisy) / sigma - 1) < 0.03
+
+
+# -----------------------------------------------------------------------------
+# Files
+# -----------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), utils.replacing(path) as temporary:
+        open(temporary, "w").write("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with utils.replacing(path) as temporary:
+        open(temporary, "w").write("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_saved_image_is_clipped_and_rounded_once(tmp_path):
+    image = gradient(5, 7) / 255
+    image[0, 0] = (-0.5, 1.5, 0.5)
+    utils.save_image(tmp_path / "image.png", image)
+    saved = np.asarray(Image.open(tmp_path / "image.png"))
+    assert saved[0, 0].tolist() == [0, 255, 128]
+    assert np.array_equal(saved[1:], gradient(5, 7)[1:])
