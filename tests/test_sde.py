@@ -1,0 +1,215 @@
+"""The SDEs against their published formulas, and every sampler against closed forms, in float64.
+
+For a Gaussian prior x0 ~ N(MU, C^2), independent per pixel, the denoiser is linear, so a sampler's result is an affine
+function of y and of the noise it draws. Its exact mean is the result without noise; its exact variance is the sum of
+squares of its responses to a unit impulse in each draw. Both come from the sampler's own code, with the noise source
+replaced, and are free of sampling noise: what remains against the posterior is the error of discretisation, whose
+order is measured.
+"""
+
+import math
+
+import pytest
+import torch
+
+import sde
+from sde import VE, VP
+
+MU, C, SIGMA = 0.4, 0.3, 0.5
+SDES = [VE(), VP()]
+
+
+def gaussian_denoiser(x, sigma):
+    return MU + C**2 / (C**2 + sigma**2) * (x - MU)
+
+
+def posterior(y):
+    """Mean and standard deviation of p(x0 | y)."""
+    return gaussian_denoiser(y, SIGMA), C * SIGMA / math.sqrt(C**2 + SIGMA**2)
+
+
+def exact_mean_and_std(monkeypatch, sampler, y, draws, **options):
+    """Return what `sampler` gives on average, and its standard deviation, from `draws` impulses in one batch."""
+    step = 0
+
+    def impulses():
+        nonlocal step
+        z = torch.zeros(draws + 1, 1, 1, 1, dtype=torch.float64)
+        if step < draws:
+            z[step + 1] = 1
+        step += 1
+        return z
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sde, "_noise_source", lambda y, generator: impulses)
+        result = sampler(gaussian_denoiser, torch.full((draws + 1, 1, 1, 1), y, dtype=torch.float64), SIGMA, **options)
+    assert step == draws, "the sampler drew another number of times than the test assumed"
+    return result[0].item(), (result[1:] - result[0]).norm().item()
+
+
+def order_of(errors):
+    """Slope of log error against log step, from errors at steps doubled each time."""
+    return math.log2(errors[-2] / errors[-1])
+
+
+# -----------------------------------------------------------------------------
+# SDEs
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
+def test_time_is_the_inverse_of_sigma(process):
+    sigma = torch.logspace(-3, 1.5, 50, dtype=torch.float64)
+    torch.testing.assert_close(process.sigma(process.time(sigma)), sigma, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
+def test_drift_and_diffusion_carry_the_variance_that_alpha_and_sigma_state(process):
+    # Var x_t = alpha^2 (C^2 + sigma^2) must solve v' = 2 f v + g^2; the derivative here is a central difference.
+    t, h = torch.linspace(0.1, 0.9, 9, dtype=torch.float64), 1e-5
+    variance = lambda t: process.alpha(t) ** 2 * (C**2 + process.sigma(t) ** 2)  # noqa: E731
+    slope = (variance(t + h) - variance(t - h)) / (2 * h)
+    torch.testing.assert_close(slope, 2 * process.drift(t) * variance(t) + process.diffusion(t) ** 2, rtol=1e-6, atol=1e-8)
+
+
+def test_ve_has_the_published_coefficients():
+    # Song et al. 2021, eq. 30: g = sigma_min (sigma_max / sigma_min)^t sqrt(2 log(sigma_max / sigma_min)).
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert torch.equal(VE().drift(t), torch.zeros_like(t)) and torch.equal(VE().alpha(t), torch.ones_like(t))
+    torch.testing.assert_close(VE(0.01, 50).diffusion(t), 0.01 * 5000**t * math.sqrt(2 * math.log(5000)))
+
+
+def test_vp_has_the_published_coefficients():
+    # Song et al. 2021, eq. 32: f = -beta / 2, g = sqrt(beta), and signal and noise variances add up to one.
+    t = torch.linspace(0.01, 1, 5, dtype=torch.float64)
+    beta, process = 0.1 + 19.9 * t, VP(0.1, 20)
+    torch.testing.assert_close(process.drift(t), -beta / 2)
+    torch.testing.assert_close(process.diffusion(t), beta.sqrt())
+    torch.testing.assert_close(process.alpha(t) ** 2 * (1 + process.sigma(t) ** 2), torch.ones_like(t))
+
+
+@pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
+def test_the_score_of_a_gaussian_is_exact_at_every_time(process):
+    t, rng = torch.tensor(0.3, dtype=torch.float64), torch.Generator().manual_seed(0)
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    x_t = process.perturb(MU, t, torch.randn(100, dtype=torch.float64, generator=rng))
+    torch.testing.assert_close(process.score(gaussian_denoiser, x_t, t), -(x_t - alpha * MU) / (alpha**2 * (C**2 + sigma**2)))
+
+
+def test_noise_levels_fall_evenly_in_the_chosen_power():
+    levels = sde.noise_levels(0.5, 0.01, 9, rho=3.0)
+    assert levels[0] == 0.5 and levels[-1] == 0.01
+    torch.testing.assert_close((levels ** (1 / 3)).diff(), torch.full((8,), (0.01 ** (1 / 3) - 0.5 ** (1 / 3)) / 8, dtype=torch.float64))
+    geometric = sde.noise_levels(0.5, 0.01, 9, rho=math.inf)
+    torch.testing.assert_close(geometric.log().diff(), torch.full((8,), math.log(0.02) / 8, dtype=torch.float64))
+    assert sde.noise_levels(0.5, 0.01, 1).tolist() == [0.5] and sde.noise_levels(0.005, 0.01, 9).tolist() == [0.005]
+
+
+# -----------------------------------------------------------------------------
+# Samplers
+# -----------------------------------------------------------------------------
+
+
+def test_tweedie_is_the_posterior_mean():
+    y = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sde.tweedie(gaussian_denoiser, y, SIGMA), posterior(y)[0])
+
+
+@pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
+def test_reverse_sde_converges_to_the_gaussian_posterior_with_order_one(monkeypatch, process):
+    mean, std = posterior(1.3)
+    mean_errors, std_errors = [], []
+    for steps in (50, 100, 200, 400):
+        m, s = exact_mean_and_std(monkeypatch, sde.reverse_sde, 1.3, steps - 1, steps=steps, sde=process, sigma_min=1e-3)
+        mean_errors.append(abs(m - mean))
+        std_errors.append(abs(s - std))
+    assert mean_errors[-1] < 0.02 * std and std_errors[-1] < 0.02 * std
+    assert abs(order_of(mean_errors) - 1) < 0.1 and abs(order_of(std_errors) - 1) < 0.1
+
+
+def test_reverse_sde_draws_have_the_law_that_its_impulses_predict(monkeypatch):
+    mean, std = exact_mean_and_std(monkeypatch, sde.reverse_sde, 1.3, 19, steps=20)
+    y = torch.full((10, 1, 50, 50), 1.3, dtype=torch.float64)
+    draws = sde.reverse_sde(gaussian_denoiser, y, SIGMA, steps=20, generator=torch.Generator().manual_seed(0))
+    assert abs(draws.mean().item() - mean) < 4 * std / math.sqrt(draws.numel())
+    assert abs(draws.var().item() / std**2 - 1) < 4 * math.sqrt(2 / draws.numel())
+
+
+@pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
+def test_probability_flow_converges_to_its_closed_form_with_order_two(process):
+    # dx/dsigma = sigma (x - MU) / (C^2 + sigma^2) carries y to MU + (y - MU) C / sqrt(C^2 + SIGMA^2) at sigma = 0.
+    y = torch.full((1, 1, 1, 1), 1.3, dtype=torch.float64)
+    exact = MU + (1.3 - MU) * C / math.sqrt(C**2 + SIGMA**2)
+    run = lambda steps: sde.probability_flow_ode(gaussian_denoiser, y, SIGMA, steps, process, sigma_min=1e-4).item()  # noqa: E731
+    errors = [abs(run(steps) - exact) for steps in (20, 40, 80, 160)]
+    assert errors[-1] < 1e-4
+    assert abs(order_of(errors) - 2) < 0.1
+
+
+def test_langevin_follows_its_recursion_and_forgets_the_observation(monkeypatch):
+    # x - MU shrinks by a = 1 - step_size / (C^2 + SIGMA^2) an update; the noise adds up as a geometric sum.
+    step_size, steps = 0.02, 300
+    a, v = 1 - step_size / (C**2 + SIGMA**2), 2 * step_size * SIGMA**2
+    mean, std = exact_mean_and_std(monkeypatch, sde.langevin, 1.3, steps, steps=steps, step_size=step_size)
+    assert abs(mean - (MU + a**steps * (1.3 - MU))) < 1e-12
+    assert abs(std**2 - v * (1 - a ** (2 * steps)) / (1 - a**2)) < 1e-12
+    assert abs(mean - MU) < 1e-6 < abs(posterior(1.3)[0] - MU)
+
+
+def test_langevin_at_temperature_one_samples_p_sigma(monkeypatch):
+    # Its stationary variance is that of p_sigma, C^2 + SIGMA^2, to first order in the step.
+    errors = []
+    for step_size in (0.02, 0.01):
+        steps = round(10 / step_size)
+        _, std = exact_mean_and_std(monkeypatch, sde.langevin, 1.3, steps, steps=steps, step_size=step_size, temperature=1.0)
+        errors.append(abs(std**2 - (C**2 + SIGMA**2)))
+    assert errors[-1] < 0.02 * (C**2 + SIGMA**2) and abs(order_of(errors) - 1) < 0.1
+
+
+@pytest.mark.parametrize("sampler", [sde.reverse_sde, sde.langevin])
+def test_one_seed_per_image_makes_a_draw_independent_of_its_batch(sampler):
+    y = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = sampler(gaussian_denoiser, y, SIGMA, steps=5, generator=[7, 8, 9])
+    assert torch.equal(sampler(gaussian_denoiser, y[1:2], SIGMA, steps=5, generator=[8]), together[1:2])
+    assert torch.equal(sampler(gaussian_denoiser, y.flip(0), SIGMA, steps=5, generator=[9, 8, 7]), together.flip(0))
+    assert not torch.equal(sampler(gaussian_denoiser, y, SIGMA, steps=5, generator=[1, 2, 3]), together)
+    with pytest.raises(ValueError, match="2 seeds for 3 images"):
+        sampler(gaussian_denoiser, y, SIGMA, steps=5, generator=[1, 2])
+
+
+def test_the_flow_is_deterministic():
+    y = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    first = sde.probability_flow_ode(gaussian_denoiser, y, SIGMA, 5)
+    torch.randn(100)
+    assert torch.equal(sde.probability_flow_ode(gaussian_denoiser, y, SIGMA, 5), first)
+
+
+@pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("sampler, calls", [(sde.reverse_sde, 6), (sde.probability_flow_ode, 11)])
+def test_the_callback_sees_the_state_and_its_estimate_at_every_level(sampler, calls, process):
+    y, seen, counted = torch.rand(2, 3, 4, 4), [], []
+
+    def denoiser(x, sigma):
+        counted.append(sigma)
+        return gaussian_denoiser(x, sigma)
+
+    result = sampler(denoiser, y, SIGMA, steps=6, sde=process, callback=lambda *frame: seen.append(frame))
+    assert [frame[0] for frame in seen] == list(range(6)) and len(counted) == calls
+    assert [frame[3] for frame in seen] == sde.noise_levels(SIGMA, 0.01, 6).tolist()
+    torch.testing.assert_close(seen[0][1], y)
+    for _, x_t, denoised, sigma in seen:
+        torch.testing.assert_close(denoised, gaussian_denoiser(x_t, sigma))
+    assert torch.equal(result, seen[-1][2])
+
+
+@pytest.mark.parametrize("sampler", [sde.reverse_sde, sde.probability_flow_ode])
+def test_one_step_is_the_posterior_mean(sampler):
+    y = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(sampler(gaussian_denoiser, y, SIGMA, steps=1), posterior(y)[0])
+
+
+@pytest.mark.parametrize("sampler", [sde.reverse_sde, sde.probability_flow_ode, sde.langevin])
+@pytest.mark.parametrize("wrong", [{"sigma": 0.0}, {"sigma": -0.1}, {"sigma": math.nan}, {"steps": 0}])
+def test_impossible_arguments_are_refused(sampler, wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        sampler(gaussian_denoiser, torch.rand(1, 3, 4, 4), **{"sigma": SIGMA, "steps": 5} | wrong)
