@@ -1,0 +1,178 @@
+"""The network's arithmetic, and the loss, against closed forms."""
+
+import pytest
+import torch
+
+from model import CNN3, ScoreModel, UNet, load_model
+from train_score import denoising_loss
+from utils import save_checkpoint
+
+SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 32), "blocks": (1, 1)}
+
+
+def small_model(seed=0, **changes):
+    """A small U-Net with random weights everywhere, also where training starts from zero."""
+    torch.manual_seed(seed)
+    model = ScoreModel(**SMALL | changes)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+    return model.eval().requires_grad_(False)
+
+
+def images(*shape, seed=0, dtype=torch.float32):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_cnn3_is_the_network_of_the_recipe():
+    shapes = [tuple(p.shape) for p in CNN3().parameters()]
+    assert shapes == [(64, 3, 3, 3), (64,), (128, 64, 3, 3), (128,), (3, 128, 3, 3), (3,)]
+    assert sum(isinstance(m, torch.nn.ReLU) for m in CNN3().modules()) == 2
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
+def test_an_untrained_unet_is_the_wiener_estimate_of_its_prior(sigma):
+    # F = 0 leaves c_skip, and that is the posterior mean if the pixels are N(0.5, sigma_data^2).
+    model, x = ScoreModel(**SMALL), images(2, 3, 8, 8)
+    c2 = model.sigma_data**2
+    torch.testing.assert_close(model(x, sigma), 0.5 + c2 / (c2 + sigma**2) * (x - 0.5))
+
+
+def test_preconditioning_asks_the_network_for_a_target_of_unit_variance():
+    # D = x0 solved for F must have variance 1 whatever sigma, if x0 has variance sigma_data^2 (Karras et al. 2022, B.6).
+    rng = torch.Generator().manual_seed(0)
+    for sigma in (0.01, 0.1, 1.0):
+        model = ScoreModel(**SMALL)
+        x0 = 0.5 + model.sigma_data * torch.randn(16, 3, 64, 64, generator=rng)
+        x = x0 + sigma * torch.randn(x0.shape, generator=rng)
+        seen = []
+        model.net.forward = lambda scaled, log_sigma: (seen.append(scaled), torch.ones_like(scaled))[1]
+        ones = model(x, sigma)
+        model.net.forward = lambda scaled, log_sigma: torch.zeros_like(scaled)
+        zeros = model(x, sigma)
+        target = (x0 - zeros) / (ones - zeros)
+        four_errors = 4 * (2 / x0.numel()) ** 0.5  # of a variance estimated from so many independent pixels
+        assert abs(target.var().item() - 1) < four_errors
+        assert abs(seen[0].var().item() - 1) < four_errors
+
+
+@pytest.mark.parametrize("network", ["unet", "cnn3"])
+def test_score_and_denoiser_obey_tweedie(network):
+    model, x = small_model(network=network), images(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(x + 0.1**2 * model.score(x, 0.1), model(x, 0.1))
+
+
+def test_cnn3_is_the_score_itself():
+    model, x = small_model(network="cnn3", sigma_min=0.1, sigma_max=0.1), images(2, 3, 8, 8)
+    torch.testing.assert_close(model.score(x, 0.1), model.net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_sigma_may_be_a_float_a_scalar_or_one_per_image():
+    model, x = small_model(), images(3, 3, 8, 8)
+    expected = model(x, 0.1)
+    assert torch.equal(model(x, torch.tensor(0.1)), expected)
+    assert torch.equal(model(x, torch.full((3,), 0.1)), expected)
+    mixed = model(x, torch.tensor([0.1, 0.5, 0.1]))
+    torch.testing.assert_close(mixed[0], expected[0])
+    assert (mixed[1] - expected[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 7), (31, 33), (64, 48)])
+@pytest.mark.parametrize("network", ["unet", "cnn3"])
+def test_any_size_works_and_gradients_reach_the_image(network, size):
+    model, x = small_model(network=network, widths=(32, 32, 32), blocks=(1, 1, 1)), images(2, 3, *size).requires_grad_()
+    denoised = model(x, 0.1)
+    assert denoised.shape == x.shape
+    (gradient,) = torch.autograd.grad(denoised.square().sum(), x)
+    assert gradient.isfinite().all() and (gradient != 0).all()
+
+
+def test_padding_to_a_multiple_of_the_coarsest_grid_keeps_the_image_in_place():
+    model, x = small_model(), images(1, 3, 8, 8)
+    padded = torch.nn.functional.pad(x[..., :7], (0, 1, 0, 0), mode="replicate")
+    torch.testing.assert_close(model(x[..., :7], 0.1), model(padded, 0.1)[..., :7])
+
+
+def test_the_state_keeps_its_precision_whatever_the_network_runs_in():
+    x = images(2, 3, 8, 8, dtype=torch.float64)
+    for bfloat16 in (False, True):
+        assert small_model(bfloat16=bfloat16)(x, 0.1).dtype == torch.float64
+    # At a vanishing noise level D(x) = x to far more than the 3 digits of bfloat16.
+    assert (small_model(bfloat16=True)(x, 1e-6) - x).abs().max() < 1e-4
+
+
+def test_the_loss_of_the_true_denoiser_is_its_posterior_variance():
+    # x0 ~ N(0.5, c^2): E (D - x0)^2 = c^2 s^2 / (c^2 + s^2), times lambda / s^4 = (s^2 + s_d^2) / (s s_d)^2.
+    c, rng = 0.1, torch.Generator().manual_seed(1)
+    model = ScoreModel(**SMALL)
+    model.forward = lambda x, s: 0.5 + c**2 / (c**2 + s[:, None, None, None] ** 2) * (x - 0.5)
+    x0 = 0.5 + c * torch.randn(256, 3, 32, 32, generator=rng)
+    for s in (0.02, 0.1, 0.5):
+        loss = denoising_loss(model, x0, torch.full((256,), s), torch.randn(x0.shape, generator=rng)).item()
+        expected = (s**2 + model.sigma_data**2) / (s * model.sigma_data) ** 2 * c**2 * s**2 / (c**2 + s**2)
+        assert abs(loss / expected - 1) < 4 * (2 / x0.numel()) ** 0.5
+
+
+def test_score_matching_learns_the_score_of_a_gaussian():
+    # Independent pixels N(0.5, c^2): the score at level s is (0.5 - x) / (c^2 + s^2).
+    c, s, rng = 0.2, 0.1, torch.Generator().manual_seed(2)
+    torch.manual_seed(2)
+    model = ScoreModel("cnn3", s, s)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for step in range(1000):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 1000)
+        x0 = 0.5 + c * torch.randn(16, 3, 12, 12, generator=rng)
+        denoising_loss(model, x0, torch.full((16,), s), torch.randn(x0.shape, generator=rng)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x = 0.5 + (c**2 + s**2) ** 0.5 * torch.randn(64, 3, 12, 12, generator=rng)
+    expected = (0.5 - x) / (c**2 + s**2)
+    with torch.no_grad():
+        error = (model.score(x, s) - expected).square().mean() / expected.square().mean()
+    assert error < 0.02
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+    model, x = small_model(), images(2, 3, 8, 8)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, {"config": model.config, "weights": model.state_dict(), "info": {"images_seen": 7}})
+    loaded = load_model(path)
+    assert torch.equal(loaded(x, 0.1), model(x, 0.1))
+    assert (loaded.sigma_min, loaded.sigma_max, loaded.info) == (0.01, 1.0, {"images_seen": 7})
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "model.pt"
+    with pytest.raises(FileNotFoundError, match="model.pt"):
+        load_model(path)
+    model = small_model()
+    save_checkpoint(path, {"config": model.config, "weights": model.state_dict(), "info": {}})
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.pt.*damaged"):
+            load_model(path)
+    save_checkpoint(path, {"weights": model.state_dict()})
+    with pytest.raises(ValueError, match="model.pt"):
+        load_model(path)
+
+
+def test_wrong_configurations_are_refused():
+    for wrong in ({"sigma_min": 0.0}, {"sigma_max": 0.001}, {"network": "transformer"}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            ScoreModel(**SMALL | wrong)
+
+
+def test_the_unet_has_under_two_million_parameters_as_trained_by_default():
+    import train_score
+
+    assert sum(p.numel() for p in UNet(train_score.WIDTHS, train_score.BLOCKS).parameters()) < 2e6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_gives_what_the_cpu_gives():
+    model, x = small_model(), images(2, 3, 32, 32)
+    on_gpu = small_model().cuda()(x.cuda(), 0.1).cpu()
+    torch.testing.assert_close(on_gpu, model(x, 0.1), rtol=1e-3, atol=1e-3)
