@@ -1,0 +1,231 @@
+"""Each script as a user calls it: small, in a subprocess, in an empty folder."""
+
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+import utils
+from model import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--widths 32 32 --blocks 1 1 --batch-size 16 --epochs 2 --warmup 5 --val-images 64 --log-steps 5 --device cpu"
+
+
+def start(folder, script, line):
+    command = [sys.executable, ROOT / script, *line.split()]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(folder, script, line, code=0):
+    process = start(folder, script, line)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+@pytest.fixture
+def refuses(monkeypatch, capsys):
+    """Run a script in this process; it must stop with code 2 and one line that says what is wrong, and write nothing."""
+
+    def check(folder, script, line, *words):
+        before = contents(folder)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [script, *line.split()])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and err.startswith(f"{script}: error: "), err
+        for word in words:
+            assert word in err
+        assert contents(folder) == before
+
+    return check
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which a small network was trained on 300 patches of the samples, and those patches as patches.npy."""
+    folder = tmp_path_factory.mktemp("trained")
+    np.save(folder / "patches.npy", utils.read_patches("samples")[:300].permute(0, 2, 3, 1).numpy())
+    out, err = run(folder, "train_score.py", f"--data patches.npy --test patches.npy {SMALL}")
+    assert "epoch 2: validation PSNR" in out and "dB at 0.1" in out and "img/s" in err
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# train_score.py
+# -----------------------------------------------------------------------------
+
+
+def test_training_writes_a_checkpoint_that_tells_its_story(trained):
+    model = load_model(trained / "checkpoints" / "score.pt")
+    info = model.info
+    assert (model.sigma_min, model.sigma_max) == (0.01, 1.0)
+    assert info["training_images"] == 236 and info["images_seen"] == 2 * 236 and info["epochs"] == 2
+    assert info["data"] == "patches.npy" and info["options"]["lr"] == 2e-3
+    assert set(info["test_psnr"]) == set(info["val_psnr"]) == {0.02, 0.05, 0.1, 0.2, 0.5}
+    noisy = -10 * np.log10(0.1**2)
+    assert noisy < info["test_psnr"][0.1] < 40
+    assert Image.open(trained / "figures" / "score_training.png").width > 500
+
+
+def test_training_interrupted_and_resumed_gives_the_same_weights(trained, tmp_path):
+    line = f"--data {trained / 'patches.npy'} {SMALL} --save-minutes 0.0001"
+    process = start(tmp_path, "train_score.py", line)
+    resume = tmp_path / "checkpoints" / "score_resume.pt"
+    while not resume.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 130 and "run the same command to go on" in out, out + err
+    step = utils.load_checkpoint(resume)["step"]
+    assert 0 < step < 30
+    out, _ = run(tmp_path, "train_score.py", line)
+    assert f"going on from step {step}" in out
+    resumed, straight = (torch.load(f / "checkpoints" / "score.pt", weights_only=True) for f in (tmp_path, trained))
+    assert all(torch.equal(resumed["weights"][k], straight["weights"][k]) for k in straight["weights"])
+    assert resumed["info"]["val_psnr"] == straight["info"]["val_psnr"]
+
+
+def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path, refuses):
+    for name, content in contents(trained).items():
+        path = tmp_path / name.relative_to(trained)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    line = f"--data patches.npy {SMALL}"
+    refuses(tmp_path, "train_score.py", line, "--epochs")
+    out, _ = run(tmp_path, "train_score.py", line.replace("--epochs 2", "--epochs 3"))
+    assert "going on from step 30" in out and load_model(tmp_path / "checkpoints" / "score.pt").info["epochs"] == 3
+    refuses(tmp_path, "train_score.py", line.replace("--widths 32 32", "--widths 32 64"), "score_resume.pt", "widths", "--name")
+    refuses(tmp_path, "train_score.py", "--data samples " + SMALL, "score_resume.pt", "images", "--name")
+    (tmp_path / "checkpoints" / "score_resume.pt").write_text("damaged")
+    refuses(tmp_path, "train_score.py", line, "score_resume.pt", "damaged")
+    (tmp_path / "checkpoints" / "score_resume.pt").unlink()
+    refuses(tmp_path, "train_score.py", line, "score.pt", "--name")
+
+
+def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good_state(trained, tmp_path):
+    recipe = (
+        f"--data {trained / 'patches.npy'} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --warmup 0 --decay 0 --ema 0 "
+        "--batch-size 64 --val-images 64 --log-steps 1 --device cpu --name cnn3"
+    )
+    run(tmp_path, "train_score.py", recipe + " --lr 1e-4 --epochs 1")
+    model = load_model(tmp_path / "checkpoints" / "cnn3.pt")
+    assert model.sigma_min == model.sigma_max == 0.1 and set(model.info["val_psnr"]) == {0.1}
+    state = utils.load_checkpoint(tmp_path / "checkpoints" / "cnn3_resume.pt")
+    assert all(torch.equal(state["model"][k], state["averaged"][k]) for k in state["model"])  # no averaging
+    before = contents(tmp_path)
+    _, err = run(tmp_path, "train_score.py", recipe + " --lr 1e30 --epochs 50", code=2)
+    assert "the loss is nan at step" in err.splitlines()[-1] and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--data nowhere", ["nowhere"]),
+        ("--data samples --sigma-min 0", ["0 <"]),
+        ("--data samples --sigma-max 0.001", ["0.001"]),
+        ("--data samples --network transformer", ["transformer"]),
+        ("--data samples --val-images 100000", ["--val-images 100000"]),
+        ("--data samples --lr -1", ["--lr", "-1"]),
+        ("--data samples --device tpu", ["tpu"]),
+        ("--data samples --precision half", ["half"]),
+        ("--epoch 3", ["--epoch"]),
+    ],
+)
+def test_training_refuses_bad_input_in_one_line(tmp_path, refuses, line, words):
+    refuses(tmp_path, "train_score.py", line, *words)
+
+
+# -----------------------------------------------------------------------------
+# denoise.py
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, calls", [("mmse", 1), ("sde", 4), ("ode", 7), ("langevin", 4)])
+def test_each_method_denoises_the_samples_and_shows_what_it_did(trained, tmp_path, method, calls):
+    checkpoint = trained / "checkpoints" / "score.pt"
+    out, err = run(tmp_path, "denoise.py", f"--checkpoint {checkpoint} --method {method} --steps 4 --device cpu")
+    (mean,) = [line.split() for line in out.splitlines() if line.startswith("mean of 5") and line.split()[4] == method]
+    assert float(mean[5]) > 10 and int(mean[7]) == calls
+    for name in utils.SAMPLES:
+        assert Image.open(tmp_path / "output" / f"{name}_{method}.png").size == (128, 128)
+    assert Image.open(tmp_path / "figures" / f"denoise_samples_{method}.jpg").width > 300
+    assert Image.open(tmp_path / "figures" / f"denoise_samples_{method}.gif").n_frames == (2 if method == "mmse" else 5)
+    assert method in err  # the progress bar
+
+
+def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
+    ((_, x0),) = utils.read_images("samples")[1:2]
+    (noisy,) = utils.add_noise([x0[:50, :70]], 0.1, 0)
+    utils.save_image(tmp_path / "mine.png", noisy)
+    line = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input mine.png --method mmse --device cpu --precision float32"
+    out, _ = run(tmp_path, "denoise.py", line)
+    assert "estimated at 0.1" in out and "already in them" in out and "dB" not in out.replace("PSNR dB", "")
+    rows = [row.split() for row in out.splitlines() if row.startswith("mine ")]
+    assert [row[2:5] for row in rows] == [["noisy", "-", "-"], ["mmse", "-", "-"]]
+    # The file is the network's estimate at the estimated level, and nothing else.
+    y = torch.from_numpy(np.asarray(Image.open(tmp_path / "mine.png")) / np.float32(255)).permute(2, 0, 1)[None]
+    model = load_model(trained / "checkpoints" / "score.pt")
+    expected = model(y, utils.estimate_sigma(y[0].permute(1, 2, 0).numpy()))[0].permute(1, 2, 0).clamp(0, 1) * 255
+    saved = np.asarray(Image.open(tmp_path / "output" / "mine_mmse.png"))
+    assert np.abs(saved - expected.numpy()).max() < 0.51
+    out, _ = run(tmp_path, "denoise.py", line + " --add-noise --sigma 0.2")
+    assert "0.2 added" in out and " - " not in out
+
+
+def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it(trained, tmp_path):
+    common = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input {trained / 'patches.npy'} --sigma 0.1 --steps 3 --device cpu"
+    run(tmp_path, "denoise.py", f"{common} --count 4 --output together")
+    run(tmp_path, "denoise.py", f"{common} --count 4 --output apart --batch-pixels 1024")
+    for k in range(4):
+        together, apart = (np.asarray(Image.open(tmp_path / f / f"patches_{k:05d}_sde.png")).astype(int) for f in ("together", "apart"))
+        assert np.abs(together - apart).max() <= 1  # the same draw; the network's sums may round differently
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--checkpoint nowhere.pt", ["nowhere.pt"]),
+        ("--checkpoint damaged.pt", ["damaged.pt", "damaged"]),
+        ("--input nowhere.png", ["nowhere.png"]),
+        ("--input text.png", ["text.png"]),
+        ("--input empty", ["empty"]),
+        ("--sigma 0", ["--sigma", "0"]),
+        ("--sigma -0.1", ["--sigma", "-0.1"]),
+        ("--sigma 3", ["3", "0.01 to 1"]),
+        ("--sigma nan", ["nan"]),
+        ("--method magic", ["magic"]),
+        ("--steps 0", ["--steps"]),
+        ("--sigmas 0.1", ["--sigmas"]),
+        ("--precision half", ["half"]),
+    ],
+)
+def test_denoising_refuses_bad_input_in_one_line(trained, tmp_path, refuses, line, words):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "score_cifar10.pt").write_bytes((trained / "checkpoints" / "score.pt").read_bytes())
+    (tmp_path / "damaged.pt").write_bytes((trained / "checkpoints" / "score.pt").read_bytes()[:1000])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty").mkdir()
+    refuses(tmp_path, "denoise.py", line, *words)
+
+
+def test_cifar10_without_network_or_data_says_what_to_do(trained, tmp_path, refuses, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nowhere")  # nobody listens there
+    (tmp_path / "data").mkdir()
+    refuses(tmp_path, "train_score.py", "--data cifar10", "connect to the network")
+    refuses(tmp_path, "denoise.py", f"--input cifar10 --checkpoint {trained / 'checkpoints' / 'score.pt'}", "connect to the network")
