@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import utils
-from model import load_model
+from model import ScoreModel, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--widths 32 32 --blocks 1 1 --batch-size 16 --epochs 2 --warmup 5 --val-images 64 --log-steps 5 --device cpu"
@@ -229,3 +229,23 @@ def test_cifar10_without_network_or_data_says_what_to_do(trained, tmp_path, refu
     (tmp_path / "data").mkdir()
     refuses(tmp_path, "train_score.py", "--data cifar10", "connect to the network")
     refuses(tmp_path, "denoise.py", f"--input cifar10 --checkpoint {trained / 'checkpoints' / 'score.pt'}", "connect to the network")
+
+
+# -----------------------------------------------------------------------------
+# benchmark.py
+# -----------------------------------------------------------------------------
+
+
+def test_the_benchmark_prints_its_table_and_draws_the_two_studies(trained, tmp_path):
+    recipe = ScoreModel("cnn3", 0.1, 0.1)
+    utils.save_checkpoint(tmp_path / "cnn3.pt", {"config": recipe.config, "weights": recipe.state_dict(), "info": {}})
+    out, _ = run(
+        tmp_path,
+        "tests/benchmark.py",
+        f"--input {trained / 'patches.npy'} --count 3 --study-count 2 --study-steps 4 --sde-steps 4 --device cpu "
+        f"--recipe cnn3.pt --checkpoint {trained / 'checkpoints' / 'score.pt'}",
+    )
+    rows = [line for line in out.splitlines() if "+-" in line]
+    assert len(rows) == 7 and 19 < float(rows[0].split()[1]) < 22  # the noisy images: 20 dB and what clipping gains
+    for name in ("langevin_steps.png", "langevin_step_size.png"):
+        assert Image.open(tmp_path / "figures" / name).width > 500
