@@ -250,8 +250,14 @@ def ssim(image, x0):
 
 
 def estimate_sigma(image):
-    """Estimate the noise level of one (H, W, 3) image from its finest wavelets (Donoho and Johnstone 1994)."""
-    return float(skimage.restoration.estimate_sigma(image, channel_axis=-1, average_sigmas=True))
+    """Estimate the noise level of one (H, W, 3) image by its finest diagonal wavelets (Donoho and Johnstone 1994, sec. 4.2).
+
+    Their median absolute value is 0.6745 sigma if they hold noise alone; fine texture makes the estimate too high.
+    """
+    import pywt  # here, since only pictures of unknown noise need it
+
+    _, (_, _, diagonal) = pywt.dwt2(image.astype(np.float64), "db2", axes=(0, 1))
+    return float(np.median(np.abs(diagonal), axis=(0, 1)).mean() / 0.6745)
 
 
 # -----------------------------------------------------------------------------
