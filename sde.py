@@ -77,11 +77,38 @@ class VP(LinearSDE):
         return self._integral(t).expm1().sqrt()  # alpha = (1 + sigma^2)^(-1/2)
 
     def time(self, sigma):
-        b = (sigma**2).log1p()  # solve beta_min t + slope t^2 / 2 = b
-        return 2 * b / (self.beta_min + (self.beta_min**2 + 2 * self.slope * b).sqrt())
+        return self._time_of_integral((sigma**2).log1p())
 
     def _integral(self, t):
         return self.beta_min * t + self.slope * t**2 / 2
+
+    def _time_of_integral(self, b):
+        return 2 * b / (self.beta_min + (self.beta_min**2 + 2 * self.slope * b).sqrt())
+
+
+class SubVP(VP):
+    """Sub-VP (Song et al. 2021, eq. 12): the alpha of VP, with noise of standard deviation 1 - alpha^2."""
+
+    def sigma(self, t):
+        b = self._integral(t)
+        return -torch.expm1(-b) * (b / 2).exp()  # (1 - alpha^2) / alpha
+
+    def time(self, sigma):
+        # alpha solves alpha^2 + sigma alpha - 1 = 0, so 1 / alpha = sigma / 2 + sqrt(1 + sigma^2 / 4) and B = 2 asinh(sigma / 2)
+        return self._time_of_integral(2 * (sigma / 2).asinh())
+
+
+class CosineVP(LinearSDE):
+    """Variance preserving with alpha = cos(pi t / 2) (Nichol and Dhariwal 2021, eq. 17, without their offset)."""
+
+    def alpha(self, t):
+        return (math.pi / 2 * t).cos()
+
+    def sigma(self, t):
+        return (math.pi / 2 * t).tan()
+
+    def time(self, sigma):
+        return 2 / math.pi * sigma.atan()
 
 
 def _derivative(function, t):
@@ -143,14 +170,16 @@ def reverse_sde(denoiser, y, sigma, steps=100, sde=None, sigma_min=0.01, rho=7.0
     return _run(denoiser, alpha[0] * y, alpha, levels, update, callback)
 
 
-def probability_flow_ode(denoiser, y, sigma, steps=10, sde=None, sigma_min=0.01, rho=7.0, callback=None):
+def probability_flow_ode(
+    denoiser, y, sigma, steps=10, sde=None, sigma_min=0.01, rho=7.0, generator=None, callback=None
+):
     """Follow the flow that has the marginals of the SDE without its noise, by Heun's method (Song et al. 2021, eq. 13)
 
         dx = (f x - g^2 score / 2) dt,  t falling,
 
     from the noisy image to sigma_min, where one Tweedie step removes what is left. Two network calls a step and one
     at the last level; second order in the step. The result is deterministic, sharper than E[x0 | y] with a larger
-    error, and no draw from p(x0 | y).
+    error, and no draw from p(x0 | y). generator is taken as everywhere, and not used.
     """
     t, alpha, levels, f, g = _path(sde or VE(), sigma, sigma_min, steps, rho)
 
@@ -167,6 +196,65 @@ def probability_flow_ode(denoiser, y, sigma, steps=10, sde=None, sigma_min=0.01,
         return x - (first + second) * dt / 2
 
     return _run(denoiser, alpha[0] * y, alpha, levels, update, callback)
+
+
+def ddim(denoiser, y, sigma, steps=100, eta=1.0, sigma_min=0.01, rho=7.0, generator=None, callback=None):
+    """Step between noise levels with x0 held at its estimate (Song, Meng, Ermon 2021, eq. 12 and 16, for any linear SDE):
+
+        x_s = D + sqrt(s^2 - v^2) / t (x_t - D) + v z,  v = eta s sqrt(1 - s^2 / t^2),  from level t to level s.
+
+    eta = 1 is ancestral sampling (Ho et al. 2020), a first-order solver of the reverse SDE: it draws from p(x0 | y).
+    eta = 0 is DDIM, a first-order solver of the probability-flow ODE. What is between has the right marginals but is
+    no draw from p(x0 | y): only the reverse SDE keeps the joint law of y and x0. One network call a step.
+    """
+    levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
+    draw = _noise_source(y, generator)
+
+    def update(i, x, denoised):
+        if i + 1 == len(levels):
+            return denoised
+        t, s = levels[i], levels[i + 1]
+        fresh = eta * s * math.sqrt(1 - (s / t) ** 2)
+        x = denoised + math.sqrt(s**2 - fresh**2) / t * (x - denoised)
+        return x + fresh * draw() if eta else x
+
+    return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
+
+
+def adams(denoiser, y, sigma, steps=10, eta=1.0, sigma_min=0.01, rho=7.0, generator=None, callback=None):
+    """Solve the reverse SDE (eta 1) or the probability-flow ODE (eta 0) with a two-step Adams predictor and corrector.
+
+    Between the levels t and s, with h = log(t / s) and k = 1 + eta^2, the linear part and the noise are exact and D is a line in
+    log sigma (SA-Solver: Xue et al. 2023, prop. 4.1 to 4.3, with tau = eta; at eta 0 DPM-Solver++(2M), Lu et al. 2022):
+
+        x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,  b = 1 - (1 - e^(-k h)) / (k h).
+
+    The predictor extrapolates D_s from the last two estimates; the corrector puts in the estimate at the predicted
+    point, made with the same z, which is what carries the noise to second order. One network call a step.
+    """
+    levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
+    draw, k = _noise_source(y, generator), 1 + eta**2
+    last = None  # of the step before: its start without D, its weights, its D and h
+
+    def update(i, x, denoised):
+        nonlocal last
+        if last:
+            rest, a, b, before, h_before = last
+            x = rest + a * before + b * denoised  # the corrector of the step that led here
+        if i + 1 == len(levels):
+            return denoised
+        t, s = levels[i], levels[i + 1]
+        h = math.log(t / s)
+        b = 1 + math.expm1(-k * h) / (k * h)
+        a = -math.expm1(-k * h) - b
+        rest = math.exp(-k * h) * x
+        if eta:
+            rest = rest + s * math.sqrt(-math.expm1(-2 * eta**2 * h)) * draw()
+        ahead = denoised + (denoised - before) * h / h_before if last else denoised
+        last = rest, a, b, denoised, h
+        return rest + a * denoised + b * ahead
+
+    return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 
 
 def langevin(denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, generator=None, callback=None):
@@ -186,6 +274,82 @@ def langevin(denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, ge
         return x + step_size * _score(x, denoised, 1.0, sigma) + noise * draw()
 
     return _run(denoiser, y, [1.0] * steps, [sigma] * steps, update, callback)
+
+
+def edm(denoiser, y, sigma, steps=50, churn=1.0, sigma_min=0.01, rho=7.0, generator=None, callback=None):
+    """Alternate fresh noise and Heun steps of the probability-flow ODE (Karras et al. 2022, algorithm 2).
+
+    Before the step from level t to s the noise is raised to t_hat^2 = t^2 + churn (t^2 - s^2). Their gamma is a free
+    number, since any churn keeps the marginals. Only churn = 1 keeps the joint law of y and x0 as well: then as much
+    noise is added and taken away as in the reverse SDE, and the result is a draw from p(x0 | y), to first order in the
+    step. churn = 0 is the ODE, more than 1 forgets y. Two network calls a step, one at the last level.
+    """
+    levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
+    raised = [math.sqrt(t**2 + churn * (t**2 - s**2)) for t, s in zip(levels, levels[1:])] + levels[-1:]
+    draw = _noise_source(y, generator)
+
+    def raise_noise(i, x):
+        return x + math.sqrt(raised[i] ** 2 - levels[i] ** 2) * draw() if raised[i] > levels[i] else x
+
+    def update(i, x, denoised):
+        if i + 1 == len(levels):
+            return denoised
+        t, s = raised[i], levels[i + 1]
+        first = (x - denoised) / t
+        euler = x + (s - t) * first
+        second = (euler - denoiser(euler, s)) / s
+        return raise_noise(i + 1, x + (s - t) * (first + second) / 2)
+
+    return _run(denoiser, raise_noise(0, y), [1.0] * len(levels), raised, update, callback)
+
+
+def predictor_corrector(
+    denoiser, y, sigma, steps=50, corrections=1, delta=0.1, sigma_min=0.01, rho=7.0, generator=None, callback=None
+):
+    """Follow each ancestral step by Langevin corrections (Song et al. 2021, algorithm 1) that keep the observation.
+
+    A corrector with the score alone would walk away from y: it samples p_sigma. This one samples p(x_sigma | y); see
+    `annealed_langevin` for its update. One network call a step, and `corrections` more at every level but the first.
+    """
+    levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
+    levels = levels[:1] + [s for s in levels[1:] for _ in range(1 + corrections)]
+    draw = _noise_source(y, generator)
+
+    def update(i, x, denoised):
+        if i + 1 == len(levels):
+            return denoised
+        t, s = levels[i], levels[i + 1]
+        if s == t:
+            return _correct(x, denoised, y, t, sigma, delta, draw)
+        return denoised + (s / t) ** 2 * (x - denoised) + s * math.sqrt(1 - (s / t) ** 2) * draw()
+
+    return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
+
+
+def annealed_langevin(
+    denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_min=0.01, rho=7.0, generator=None, callback=None
+):
+    """Anneal Langevin updates from y down to sigma_min, with the pull of the observation (Kawar et al. 2021, algorithm 1):
+
+        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt(2 e) z,  e = delta s^2 (1 - s^2 / sigma^2),
+
+    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n. e is delta times the variance that a flat
+    likelihood leaves. Right in the limit of small delta and many repeats. `repeats` network calls a step.
+    """
+    levels = noise_levels(sigma, sigma_min, steps + 1, rho).tolist()[-steps:]
+    levels = [s for s in levels for _ in range(repeats)] + levels[-1:]
+    draw = _noise_source(y, generator)
+
+    def update(i, x, denoised):
+        return denoised if i + 1 == len(levels) else _correct(x, denoised, y, levels[i], sigma, delta, draw)
+
+    return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
+
+
+def _correct(x, denoised, y, s, sigma, delta, draw):
+    """One Langevin update at level s towards p(x_s | y)."""
+    size = delta * s**2 * (1 - s**2 / sigma**2)
+    return x + size * ((denoised - x) / s**2 + (y - x) / (sigma**2 - s**2)) + math.sqrt(2 * size) * draw()
 
 
 def _run(denoiser, x, alpha, levels, update, callback):

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import sde
-from sde import VE, VP
+from sde import VE, VP, CosineVP, SubVP
 
 MU, C, SIGMA = 0.4, 0.3, 0.5
-SDES = [VE(), VP()]
+SDES = [VE(), VP(), SubVP(), CosineVP()]
 
 
 def gaussian_denoiser(x, sigma):
@@ -144,6 +144,80 @@ def test_probability_flow_converges_to_its_closed_form_with_order_two(process):
     errors = [abs(run(steps) - exact) for steps in (20, 40, 80, 160)]
     assert errors[-1] < 1e-4
     assert abs(order_of(errors) - 2) < 0.1
+
+
+@pytest.mark.parametrize(
+    "sampler, draws, order",
+    [
+        (sde.ddim, lambda n: n - 1, 1),
+        (sde.edm, lambda n: n - 1, 1),
+        (sde.predictor_corrector, lambda n: 2 * (n - 1), 1),
+        (sde.annealed_langevin, lambda n: 4 * n, 1),
+        (sde.adams, lambda n: n - 1, 2),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_posterior_samplers_converge_to_the_gaussian_posterior_with_their_order(monkeypatch, sampler, draws, order):
+    mean, std = posterior(1.3)
+    errors = []
+    for steps in (20, 40, 80):
+        shrink = {"delta": 4 / steps} if sampler is sde.predictor_corrector else {}  # its corrector is exact for small delta
+        m, s = exact_mean_and_std(monkeypatch, sampler, 1.3, draws(steps), steps=steps, sigma_min=1e-3, **shrink)
+        errors.append(math.hypot(m - mean, s - std))
+    assert errors[-1] < 0.2 * std
+    assert order_of(errors) > order - 0.15
+
+
+def test_the_few_step_solver_with_40_calls_beats_first_order_ones_with_400(monkeypatch):
+    mean, std = posterior(1.3)
+    errors = {}
+    for name, sampler, steps in (("adams", sde.adams, 40), ("ddim", sde.ddim, 400), ("sde", sde.reverse_sde, 400)):
+        m, s = exact_mean_and_std(monkeypatch, sampler, 1.3, steps - 1, steps=steps, sigma_min=1e-3)
+        errors[name] = math.hypot(m - mean, s - std)
+    assert errors["adams"] < errors["ddim"] and errors["adams"] < errors["sde"]
+
+
+@pytest.mark.parametrize("sampler, order", [(sde.ddim, 1), (sde.adams, 2)])
+def test_without_noise_they_solve_the_probability_flow(sampler, order):
+    y = torch.full((1, 1, 1, 1), 1.3, dtype=torch.float64)
+    exact = MU + (1.3 - MU) * C / math.sqrt(C**2 + SIGMA**2)
+    errors = [abs(sampler(gaussian_denoiser, y, SIGMA, steps, eta=0.0, sigma_min=1e-5).item() - exact) for steps in (160, 320, 640)]
+    assert abs(order_of(errors) - order) < 0.3 and errors[-1] < 0.01
+
+
+def test_only_the_churn_of_the_reverse_sde_keeps_the_observation(monkeypatch):
+    # Any churn keeps the marginal law of x0; the posterior mean given y is kept by churn 1 alone.
+    mean, std = posterior(1.3)
+    means = {c: exact_mean_and_std(monkeypatch, sde.edm, 1.3, 199, steps=200, churn=c, sigma_min=1e-3)[0] for c in (0.5, 1.0, 2.0)}
+    assert abs(means[1.0] - mean) < 0.02 * std
+    assert means[0.5] > mean + 0.1 * std and means[2.0] < mean - 0.1 * std
+
+
+def test_draws_fall_into_the_modes_of_a_mixture_with_the_posterior_weights():
+    # x0 is a or b with scatter C: the weights of the posterior given y are known, and 4 standard errors are allowed.
+    modes, scatter, y, n = torch.tensor([0.2, 0.8], dtype=torch.float64), 0.05, 0.45, 4000
+
+    def denoiser(x, sigma):
+        v = scatter**2 + sigma**2
+        weights = torch.softmax(-((x[..., None] - modes) ** 2) / (2 * v), dim=-1)
+        return (weights * (modes + scatter**2 / v * (x[..., None] - modes))).sum(-1)
+
+    exact = torch.softmax(-((y - modes) ** 2) / (2 * (scatter**2 + SIGMA**2)), dim=0)[1].item()
+    for sampler, options in (
+        (sde.reverse_sde, {"steps": 200}),
+        (sde.ddim, {"steps": 200}),
+        (sde.edm, {"steps": 100}),
+        (sde.adams, {"steps": 50}),
+        (sde.predictor_corrector, {"steps": 100}),
+    ):
+        rng = torch.Generator().manual_seed(0)
+        draws = sampler(denoiser, torch.full((n, 1, 1, 1), y, dtype=torch.float64), SIGMA, generator=rng, **options)
+        share = (draws > 0.5).double().mean().item()
+        assert abs(share - exact) < 4 * math.sqrt(exact * (1 - exact) / n), sampler.__name__
+        for mode in modes:
+            near = draws[(draws - mode).abs() < 0.3]
+            conditional = mode + scatter**2 / (scatter**2 + SIGMA**2) * (y - mode)
+            assert abs(near.mean().item() - conditional.item()) < 0.3 * scatter, sampler.__name__
 
 
 def test_langevin_follows_its_recursion_and_forgets_the_observation(monkeypatch):
