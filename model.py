@@ -131,8 +131,9 @@ class ScoreModel(nn.Module):
     sigma_min, sigma_max: the trained range of noise levels. Outside it the output is an extrapolation; nothing
     checks that here, since a check would make a GPU wait at every call.
     bfloat16: run the convolutions in bfloat16 (about 5 times faster where the hardware has it); everything
-    around the network, and so the state of a sampler, stays in the precision of x, float32 at least.
-    Raises ValueError for an unknown network or a range that is not 0 < sigma_min <= sigma_max.
+    around the network, and so the state of a sampler, stays in the precision of x.
+    Raises ValueError for an unknown network, widths and blocks that do not match, or a range that is not
+    0 < sigma_min <= sigma_max.
     """
 
     sigma_data = 0.25  # standard deviation of the pixels of natural images around 0.5
@@ -143,6 +144,8 @@ class ScoreModel(nn.Module):
             raise ValueError(f"noise range must be 0 < sigma_min <= sigma_max, not {sigma_min} and {sigma_max}")
         if network not in ("unet", "cnn3"):
             raise ValueError(f"unknown network '{network}': choose 'unet' or 'cnn3'")
+        if network == "unet" and not (len(widths) == len(blocks) > 0 and min(*widths, *blocks) > 0):
+            raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} must be positive and as many as each other")
         self.config = dict(network=network, sigma_min=sigma_min, sigma_max=sigma_max, widths=tuple(widths), blocks=tuple(blocks))
         self.sigma_min, self.sigma_max, self.bfloat16 = sigma_min, sigma_max, bfloat16
         self.net = CNN3() if network == "cnn3" else UNet(widths, blocks)
@@ -152,7 +155,10 @@ class ScoreModel(nn.Module):
         """Return E[x0 | x], the denoised image (Tweedie's formula read backwards).
 
         x: (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma: a float, 0-d or (B,) tensor, in units of [0, 1].
+        Raises ValueError if x is not such a tensor of float32 or float64.
         """
+        if x.dtype not in (torch.float32, torch.float64) or x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"expected (B, 3, H, W) of float32 or float64, not {tuple(x.shape)} of {x.dtype}")
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         s = sigma[:, None, None, None]
         if self.config["network"] == "cnn3":

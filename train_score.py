@@ -106,7 +106,7 @@ def learning_rate(step, steps, o):
 
 @torch.no_grad()
 def validate(model, images, sigmas):
-    """Return for each noise level the mean over images of the one-step PSNR in dB, clipped to [0, 1].
+    """Return for each noise level the mean over images of the one-step PSNR in dB.
 
     images: uint8 (N, 3, H, W). The noise is the same every time, one field for all levels.
     """
@@ -114,29 +114,34 @@ def validate(model, images, sigmas):
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((n, height, width, 3))).permute(0, 3, 1, 2)
     means = []
     for sigma in sigmas:
-        error = []
+        quality = []
         for batch, z in zip(images.split(100), noise.split(100)):
             x0 = batch.float() / 255
-            denoised = model((x0 + sigma * z.to(x0.device)).float(), sigma)
-            error.append(((denoised.clamp(0, 1) - x0) ** 2).mean(dim=(1, 2, 3)))
-        means.append(-10 * torch.cat(error).log10().mean().item())
+            y = x0 + sigma * z.to(x0.device, torch.float32)
+            quality.append(utils.psnr(model(y, sigma), x0))
+        means.append(torch.cat(quality).mean().item())
     return means
 
 
 def check_resumable(state, o, fingerprint, path):
     """Raise ValueError where going on from `state` would mix two different trainings."""
-    for name in ("network", "widths", "blocks", "sigma_min", "sigma_max", "batch_size", "flip", "val_images", "seed"):
-        old, new = state["options"][name], getattr(o, name)
-        if old != new:
-            raise ValueError(f"'{path}' was made with {name} {old}, not {new}: choose another --name, or delete it")
+    if not {"options", "fingerprint", "step"} <= state.keys():
+        raise ValueError(f"'{path}' is not what a training goes on from: delete it, or choose another --name")
+    free = ("epochs", "lr", "save_minutes", "device", "precision", "data", "data_dir", "test", "name")
+    for name, old in state["options"].items():
+        if name not in free and getattr(o, name) != old:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"'{path}' was made with {option} {old}, not {getattr(o, name)}: choose another --name, or delete it")
     if state["fingerprint"] != fingerprint:
-        raise ValueError(f"'{path}' was made with other images than '{o.data}': choose another --name, or delete it")
+        raise ValueError(f"'{path}' was made with other images than those of '{o.data}': choose another --name, or delete it")
 
 
 def main(o):
     for name in ("epochs", "batch_size", "lr", "val_images", "log_steps", "save_minutes"):
         if not getattr(o, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
+    if o.warmup < 0:
+        raise ValueError(f"--warmup must not be negative, not {o.warmup}")
     for name in ("decay", "ema"):
         if not 0 <= getattr(o, name) <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1, not {getattr(o, name)}")
@@ -150,6 +155,9 @@ def main(o):
     averaged.load_state_dict(model.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=o.lr, fused=True)
 
+    path, resume_path = Path("checkpoints", f"{o.name}.pt"), Path("checkpoints", f"{o.name}_resume.pt")
+    if path.exists() and not resume_path.exists():
+        raise ValueError(f"'{path}' exists and has no '{resume_path.name}' to go on from: choose another --name")
     images = utils.read_patches(o.data, o.data_dir)
     if o.val_images >= len(images):
         raise ValueError(f"--val-images {o.val_images} leaves none of the {len(images)} images of '{o.data}' to train on")
@@ -158,7 +166,7 @@ def main(o):
     images = images.to(device)  # as uint8 all of CIFAR-10 is 150 MB, so a batch is one indexing operation
     train, val = images[: -o.val_images], images[-o.val_images :]
 
-    path, resume_path = Path("checkpoints", f"{o.name}.pt"), Path("checkpoints", f"{o.name}_resume.pt")
+    figure_path = Path("figures", f"{o.name}_training.png")
     start, seconds, loss_sum = 0, 0.0, torch.zeros((), device=device)
     history = {"sigmas": sigmas, "steps": [], "loss": [], "psnr_steps": [], "psnr": []}
     if resume_path.exists():
@@ -169,8 +177,6 @@ def main(o):
         optimizer.load_state_dict(state["optimizer"])
         start, seconds, history = state["step"], state["seconds"], state["history"]
         loss_sum += state["loss_sum"]
-    elif path.exists():
-        raise ValueError(f"'{path}' exists and has no '{resume_path.name}' to go on from: choose another --name")
 
     steps_per_epoch = math.ceil(len(train) / o.batch_size)
     steps = o.epochs * steps_per_epoch
@@ -188,22 +194,24 @@ def main(o):
         return step // steps_per_epoch * len(train) + step % steps_per_epoch * o.batch_size
 
     def finite(loss, step):
-        if not math.isfinite(loss.item()):
+        if not (math.isfinite(loss.item()) and all(p.isfinite().all() for p in model.parameters())):
             bar.close()
-            raise ValueError(f"the loss is {loss.item()} at step {step}; the checkpoint is as last saved: lower --lr {o.lr}")
+            raise ValueError(f"the loss or a weight is not finite at step {step}; the checkpoint is as last saved: lower --lr {o.lr}")
         return loss.item()
 
     def save(step):
         state = {"loss_sum": finite(loss_sum, step), "step": step, "seconds": seconds + time.perf_counter() - started}
+        state |= {"history": history, "options": vars(o), "fingerprint": fingerprint}
+        state |= {"model": model.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()}
+        utils.save_checkpoint(resume_path, state)
         info = {
             "data": o.data, "training_images": len(train), "images_seen": seen(step), "epochs": step / steps_per_epoch,
             "hours": state["seconds"] / 3600, "hardware": hardware, "torch": str(torch.__version__), "options": vars(o),
             "val_psnr": dict(zip(sigmas, history["psnr"][-1])) if history["psnr"] else {}, "test_psnr": test_psnr,
         }  # fmt: skip
         utils.save_checkpoint(path, {"config": model.config, "weights": averaged.state_dict(), "info": info})
-        state |= {"history": history, "options": vars(o), "fingerprint": fingerprint}
-        state |= {"model": model.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()}
-        utils.save_checkpoint(resume_path, state)
+        if history["psnr"]:
+            utils.plot_training(figure_path, history, len(train) / steps_per_epoch)
 
     stop = []  # a signal only notes itself here, so that no step is cut in half
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -240,14 +248,11 @@ def main(o):
         if step == steps or stop or time.perf_counter() - last_save > 60 * o.save_minutes:
             save(step)
             last_save = time.perf_counter()
-        if stop:
+        if stop and step < steps:
             bar.close()
             print(f"stopped after step {step} of {steps}, saved in '{resume_path}': run the same command to go on")
             sys.exit(130)
     bar.close()
-
-    figure_path = Path("figures", f"{o.name}_training.png")
-    utils.plot_training(figure_path, history, len(train) / steps_per_epoch)
     print(f"{seen(steps):,} images seen; wrote '{path}' and '{figure_path}'")
 
 

@@ -13,6 +13,7 @@ import skimage
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from skimage.metrics import structural_similarity
 from torchvision.datasets import CIFAR10
 
 # -----------------------------------------------------------------------------
@@ -53,7 +54,10 @@ def parse_options(constants, arguments=None):
 
 
 def _number_or_none(text):
-    return None if text.lower() == "none" else float(text)
+    try:
+        return None if text.lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"neither a number nor none: '{text}'") from None
 
 
 def run_script(main, constants):
@@ -62,6 +66,8 @@ def run_script(main, constants):
         main(parse_options(constants))
     except (ValueError, OSError) as error:
         _fail(Path(constants["__file__"]).name, error)
+    except (MemoryError, torch.OutOfMemoryError):
+        _fail(Path(constants["__file__"]).name, "out of memory: take fewer or smaller images at a time (see the batch option)")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -102,7 +108,7 @@ SAMPLES = ("astronaut", "chelsea", "coffee", "motorcycle_left", "rocket")  # com
 
 
 def read_images(source, data_dir="data"):
-    """Read images to denoise: a list of (name, array), each array float32 (H, W, 3) with values in [0, 1].
+    """Read images to denoise: a list of (name, array), every name once, each array float32 (H, W, 3) in [0, 1].
 
     source: "samples" (five photographs that scikit-image installs, as thumbnails of 128 x 128 pixels), "cifar10"
     (its test images), or a path: an image file, a .npy array, or a folder of them. An array is uint8, or floats in
@@ -119,25 +125,26 @@ def read_images(source, data_dir="data"):
             images.append((path.stem, _to_float(array)))
         else:
             images += [(f"{path.stem}_{i:05d}", _to_float(x)) for i, x in enumerate(array)]
-    taken = {}  # names that stand twice (a.png and a.jpg, or in two folders) are told apart by a number
+    taken = set()  # names that stand twice (a.png and a.jpg, or in two folders) are told apart by a number
     for k, (name, image) in enumerate(images):
-        taken[name] = taken.get(name, 0) + 1
-        images[k] = (name if taken[name] == 1 else f"{name}_{taken[name]}", image)
+        number, unique = 1, name
+        while unique in taken:
+            number, unique = number + 1, f"{name}_{number + 1}"
+        taken.add(unique)
+        images[k] = (unique, image)
     return images
 
 
 def read_patches(source, data_dir="data", train=True, size=32):
     """Read images to train on: a uint8 tensor (N, 3, size, size).
 
-    source: "cifar10" (its training images, or its test images if not train), "samples" (the five photographs, in full and at half their resolution),
+    source: "cifar10" (its training images, or its test images if not train), "samples" (the five photographs),
     or a path as in read_images. Whatever is larger is cut into patches side by side; a smaller image is refused.
     """
     if source == "cifar10":
         stacks = [_cifar10(data_dir, train)]
     elif source == "samples":
-        photographs = [photograph for _, photograph in _sample_photographs()]
-        halves = [np.asarray(Image.fromarray(x).reduce(2)) for x in photographs]
-        stacks = [x[None] for x in photographs + halves]
+        stacks = [photograph[None] for _, photograph in _sample_photographs()]
     else:
         stacks = []
         for path, array in _read_path(source):
@@ -199,20 +206,23 @@ def _read_file(path):
         try:
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to 8 bits
-                    grey = np.asarray(image, dtype=np.float32) / 65535
+                if image.mode[0] in "IF":  # 16-bit or float greys, which convert("RGB") would clip
+                    grey = np.asarray(image, dtype=np.float32) / (1 if image.mode == "F" else 65535)
                     return np.repeat(grey[:, :, None], 3, axis=2)
                 return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # whatever damaged pixels, headers or tags can raise
             raise ValueError(f"'{path}' cannot be read as an image ({type(error).__name__})") from None
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"'{path}' cannot be read as a .npy array ({type(error).__name__})") from None
     if array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
         raise ValueError(f"'{path}' has shape {array.shape}; expected (H, W, 3) or (N, H, W, 3)")
-    if array.dtype != np.uint8 and not (array.dtype.kind == "f" and 0 <= array.mean() <= 1):
-        raise ValueError(f"'{path}' holds {array.dtype} of mean {array.mean():.3g}; expected uint8, or floats in [0, 1] plus noise")
+    if array.dtype != np.uint8 and not (array.dtype.kind == "f" and -0.5 <= array.mean() <= 1.5):
+        mean = f" of mean {array.mean():.3g}" if array.dtype.kind in "fiu" else ""
+        raise ValueError(f"'{path}' holds {array.dtype}{mean}; expected uint8, or floats in [0, 1] plus noise")
     return array
 
 
@@ -231,22 +241,21 @@ def add_noise(images, sigma, seed):
 # -----------------------------------------------------------------------------
 
 
-def psnr(image, x0):
-    """Peak signal-to-noise ratio in dB of an image (..., 3) clipped to [0, 1], over all its pixels and colours."""
-    error = np.mean((np.clip(image, 0, 1).astype(np.float64) - x0) ** 2)
-    return float(-10 * np.log10(error)) if error > 0 else float("inf")
+def psnr(images, x0):
+    """Peak signal-to-noise ratio in dB of each image, clipped to [0, 1]; (B, 3, H, W) tensors -> (B,)."""
+    return -10 * ((images.clamp(0, 1).double() - x0) ** 2).mean(dim=(1, 2, 3)).log10()
 
 
-def ssim(image, x0):
-    """Structural similarity (Wang et al. 2004, Gaussian window) of (H, W, 3) images; nan below 11 x 11 pixels."""
-    if min(image.shape[:2]) < 11:
-        return float("nan")
-    return float(
-        skimage.metrics.structural_similarity(
-            np.clip(image, 0, 1).astype(np.float64), x0.astype(np.float64),
-            channel_axis=-1, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-        )
-    )  # fmt: skip
+def ssim(images, x0):
+    """Structural similarity (Wang et al. 2004, Gaussian window) of each image, clipped to [0, 1].
+
+    (B, 3, H, W) tensors -> (B,) array; nan for images below 11 x 11 pixels, the size of the window.
+    """
+    if min(x0.shape[2:]) < 11:
+        return np.full(len(x0), np.nan)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    pairs = zip(images.clamp(0, 1).double().cpu().numpy(), x0.double().cpu().numpy())
+    return np.array([structural_similarity(a, b, channel_axis=0, data_range=1, **options) for a, b in pairs])
 
 
 def estimate_sigma(image):
@@ -294,10 +303,10 @@ def load_checkpoint(path):
         raise ValueError(f"'{path}' is damaged ({type(error).__name__}): delete it, or choose another name") from None
 
 
-def save_image(path, image):
-    """Write an (H, W, 3) image in [0, 1], clipped, as 8-bit PNG."""
+def save_image(path, x):
+    """Write a (3, H, W) image in [0, 1], clipped and rounded, as 8-bit PNG."""
     with replacing(path) as temporary:
-        Image.fromarray(_to_uint8(image)).save(temporary)
+        Image.fromarray(_to_uint8(x.permute(1, 2, 0).cpu().numpy())).save(temporary, "PNG")
 
 
 def save_figure(path, figure):
@@ -332,14 +341,14 @@ def plot_training(path, history, images_per_step):
     save_figure(path, figure)
 
 
-def crop(image, size=256):
-    """Return the middle of an (H, W, 3) image, at most size x size: what a figure has room for."""
-    top, left = max(0, image.shape[0] - size) // 2, max(0, image.shape[1] - size) // 2
-    return image[top : top + size, left : left + size]
+def thumbnail(x, size=256):
+    """Return the middle of a (3, H, W) image, at most size x size, as a uint8 (H, W, 3) array: what a figure has room for."""
+    top, left = max(0, x.shape[1] - size) // 2, max(0, x.shape[2] - size) // 2
+    return _to_uint8(x[:, top : top + size, left : left + size].permute(1, 2, 0).cpu().numpy())
 
 
 def plot_grid(path, rows, tile=128):
-    """Draw rows of (title, image, caption), each image pixel at a whole number of screen pixels; titles of the first row."""
+    """Draw rows of (title, uint8 image, caption), each image pixel a whole number of screen pixels; titles of the first row."""
     height, width = (max(image.shape[axis] for row in rows for _, image, _ in row) for axis in (0, 1))
     scale = max(1, round(tile / max(height, width)))
     columns, gap, text = max(map(len, rows)), 6, 18
@@ -350,7 +359,7 @@ def plot_grid(path, rows, tile=128):
             h, w = image.shape[0] * scale, image.shape[1] * scale
             x, y = gap + c * (width * scale + gap), text + gap + r * (height * scale + text)
             axes = figure.add_axes([x / pixels[0], 1 - (y + h) / pixels[1], w / pixels[0], h / pixels[1]])
-            axes.imshow(_to_uint8(image), interpolation="nearest", aspect="auto")
+            axes.imshow(image, interpolation="nearest", aspect="auto")
             axes.set_axis_off()
             middle = (x + w / 2) / pixels[0]
             figure.text(middle, 1 - (y + h + text / 2) / pixels[1], caption, ha="center", va="center", fontsize=8)
@@ -362,7 +371,7 @@ def plot_grid(path, rows, tile=128):
 def save_animation(path, strips, tile=128, most=30):
     """Write a GIF of the states x_t (above) and the estimates of x0 from them (below), one column per image.
 
-    strips: per image a list of (sigma, state, estimate), (H, W, 3) each; at most `most` of them are shown.
+    strips: per image a list of (sigma, state, estimate), uint8 (H, W, 3) each; at most `most` of them are shown.
     """
     longest = max(map(len, strips))
     picked = np.unique(np.linspace(0, longest - 1, min(most, longest)).round().astype(int))
@@ -377,7 +386,7 @@ def save_animation(path, strips, tile=128, most=30):
         draw.text((gap, 2 + height * scale + gap + text), "estimate of the clean image", "black", font)
         for c, strip in enumerate(strips):
             for r, image in enumerate(strip[min(k, len(strip) - 1)][1:]):
-                tile_image = Image.fromarray(_to_uint8(image))
+                tile_image = Image.fromarray(image)
                 tile_image = tile_image.resize((tile_image.width * scale, tile_image.height * scale), Image.Resampling.NEAREST)
                 page.paste(tile_image, (gap + c * (width * scale + gap), text + r * (height * scale + gap + text)))
         frames.append(page)
