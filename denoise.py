@@ -8,6 +8,8 @@
 Prints a table and writes the denoised images, a figure of the frames on the way, and an animation.
 """
 
+import functools
+import math
 import time
 from pathlib import Path
 
@@ -22,46 +24,76 @@ from model import load_model
 # -----------------------------------------------------------------------------
 # images
 INPUT = "samples"  # "samples" (five photographs), "cifar10" (its test images), or a path: image, .npy, or folder of them
-COUNT = 16  # of "cifar10", a folder or an array, at most so many images
+COUNT = 1000  # at most so many images
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-OUTPUT = "output"  # folder for the denoised images
+OUTPUT = "output"  # folder for the denoised images, the figure and the animation
 # noise
 SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise is added, else estimated from the image
 ADD_NOISE = False  # add noise to a path's images too, as is always done to "samples" and "cifar10"
 # method
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
-METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (between), "langevin" (the start)
-STEPS = 50  # noise levels from sigma down to the lowest trained one ("sde", "ode"), or Langevin updates
-LANGEVIN_STEP = 1e-4  # step size of "langevin"; its temperature is sigma^2
+METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (between); see `samplers` for more
+STEPS = 20  # noise levels from sigma down to the lowest trained one
+LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts from
+LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
 # run
 SEED = 0  # of the noise added and of the draws; image i draws with seed SEED + i
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
-BATCH_PIXELS = 2**18  # images of one size and noise level go through the network together, up to so many pixels
+BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small images, or a tile of a large one
 SHOWN = 3  # images in the figure and the animation
 FRAMES = 3  # intermediate states in the figure
 # -----------------------------------------------------------------------------
 
 
-def denoise(method, model, y, sigma, seeds, callback, o):
+samplers = {
+    "mmse": sde.tweedie,  # E[x0 | y]
+    "sde": sde.adams,  # the reverse-time SDE, second order
+    "ode": functools.partial(sde.adams, eta=0.0),  # the probability-flow ODE, second order
+    "euler": sde.reverse_sde,  # the reverse-time SDE, first order, as in the textbook
+    "heun": sde.probability_flow_ode,  # the probability-flow ODE, as in the textbook
+    "ddim": sde.ddim,  # ancestral sampling
+    "edm": sde.edm,
+    "pc": sde.predictor_corrector,
+    "annealed": sde.annealed_langevin,
+    "langevin": sde.langevin,  # the original recipe; forgets the image if it runs on
+}
+
+
+def tiled(model, x, sigma, pixels, halo=48):
+    """Return model(x, sigma), computed in tiles of about `pixels` pixels where x (B, 3, H, W) has more.
+
+    Each tile sees `halo` pixels around it, more than the network's reach, and starts on its coarsest grid, so the seams
+    differ from the whole by rounding alone.
+    """
+    height, width = x.shape[2:]
+    size = max(64, math.isqrt(pixels) - 2 * halo) // 16 * 16
+    if height * width <= pixels:
+        return model(x, sigma)
+    out = torch.empty_like(x)
+    for top in range(0, height, size):
+        for left in range(0, width, size):
+            up, back = min(top, halo), min(left, halo)
+            part = x[:, :, top - up : top + size + halo, left - back : left + size + halo]
+            out[:, :, top : top + size, left : left + size] = model(part, sigma)[:, :, up : up + size, back : back + size]
+    return out
+
+
+def denoise(model, y, sigma, seeds, callback, o):
     """Return the denoised images and the network calls this took; y (B, 3, H, W), sigma a float, one seed per image."""
     calls = 0
 
     def denoiser(x, s):
         nonlocal calls
         calls += 1
-        return model(x, s)
+        return tiled(model, x, s, o.batch_pixels)
 
-    path = {"steps": o.steps, "sigma_min": model.sigma_min, "callback": callback}
-    if method == "mmse":
-        denoised = sde.tweedie(denoiser, y, sigma, callback=callback)
-    elif method == "sde":
-        denoised = sde.reverse_sde(denoiser, y, sigma, generator=seeds, **path)
-    elif method == "ode":
-        denoised = sde.probability_flow_ode(denoiser, y, sigma, **path)
-    else:
-        denoised = sde.langevin(denoiser, y, sigma, o.steps, o.langevin_step, generator=seeds, callback=callback)
-    return denoised, calls
+    options = {"steps": o.steps, "sigma_min": model.sigma_min, "generator": seeds}
+    if o.method == "mmse":
+        options = {}
+    elif o.method == "langevin":
+        options = {"steps": o.langevin_steps, "step_size": o.langevin_step_size, "generator": seeds}
+    return samplers[o.method](denoiser, y, sigma, callback=callback, **options), calls
 
 
 def choose_sigmas(names, noisy, added, model, o):
@@ -91,111 +123,106 @@ def batches(noisy, sigmas, pixels):
 
 
 def main(o):
-    for name in ("count", "steps", "batch_pixels", "langevin_step", "shown", "frames"):
+    for name in ("count", "steps", "langevin_steps", "langevin_step_size", "batch_pixels", "shown", "frames"):
         if not getattr(o, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
     if o.sigma is not None and not o.sigma > 0:
         raise ValueError(f"--sigma must be positive, not {o.sigma}")
-    if o.method not in ("mmse", "sde", "ode", "langevin"):
-        raise ValueError(f"--method must be mmse, sde, ode or langevin, not '{o.method}'")
+    if o.method not in samplers:
+        raise ValueError(f"--method must be one of {', '.join(samplers)}, not '{o.method}'")
     device = utils.pick_device(o.device)
     bfloat16 = utils.pick_bfloat16(o.precision, device)
     model = load_model(o.checkpoint, device, bfloat16)
-    if o.method in ("sde", "ode") and model.sigma_min == model.sigma_max:
+    if o.method not in ("mmse", "langevin") and model.sigma_min == model.sigma_max:
         raise ValueError(f"--method {o.method} needs many noise levels, and '{o.checkpoint}' knows only {model.sigma_min:g}: use mmse or langevin")
 
-    names, images = zip(*utils.read_images(o.input, o.data_dir)[: o.count])
+    found = utils.read_images(o.input, o.data_dir)
+    names, images = zip(*found[: o.count])
     adds_noise = o.add_noise or o.input in ("samples", "cifar10")
     added = (o.sigma or 0.1) if adds_noise else None
     noisy = utils.add_noise(images, added, o.seed) if added else images
     sigmas = choose_sigmas(names, noisy, added, model, o)
     print(
-        f"{len(images)} image{'s' * (len(images) > 1)} from {o.input}, noise "
+        f"{len(images)} of {len(found)} images from {o.input}, noise "
         + (f"of standard deviation {added:g} added" if added else "already in them")
         + f"; {o.method} with {o.checkpoint} on {device} in {'bfloat16' if bfloat16 else 'float32'}"
     )
 
-    frames = {i: [] for i in range(min(o.shown, len(images)))}  # (sigma, state, estimate of x0) at every level
-    rows = [None] * len(images)  # {method: (image, network calls, seconds)}
-    bar = tqdm(total=len(images) * (1 if o.method == "mmse" else o.steps), desc=o.method, unit="step", leave=False)
+    rows = [None] * len(images)  # {method: (PSNR, SSIM, network calls, seconds)}
+    shown = {}  # of the first images: (noisy, [(sigma, state, estimate of x0) at every level], result, clean), as thumbnails
+    levels = {"mmse": 1, "langevin": o.langevin_steps, "pc": 2 * o.steps - 1, "annealed": 4 * o.steps + 1}.get(o.method, o.steps)
+    bar = tqdm(total=len(images) * levels, desc=o.method, unit="step", leave=False)
     for indices in batches(noisy, sigmas, o.batch_pixels):
-        y = torch.from_numpy(np.stack([noisy[i] for i in indices])).permute(0, 3, 1, 2).to(device)
-        one_step = []
+        y, x0 = (to_tensor([stack[i] for i in indices], device) for stack in (noisy, images))
+        frames = {i: [] for i in indices if i < o.shown}
+        one_step = None
 
         def callback(step, x_t, estimate, sigma):
+            nonlocal one_step
             if step == 0:
-                one_step.append(estimate)
+                one_step = estimate
             for k, i in enumerate(indices):
                 if i in frames:
-                    frames[i].append((sigma, utils.crop(to_array(x_t[k])), utils.crop(to_array(estimate[k]))))
+                    frames[i].append((sigma, utils.thumbnail(x_t[k]), utils.thumbnail(estimate[k])))
             bar.update(len(indices))
 
         start = time.perf_counter()
-        result, calls = denoise(o.method, model, y, sigmas[indices[0]], [o.seed + i for i in indices], callback, o)
-        result = [to_array(x) for x in result]
+        result, calls = denoise(model, y, sigmas[indices[0]], [o.seed + i for i in indices], callback, o)
+        result = result.cpu()  # waits for the GPU
         seconds = (time.perf_counter() - start) / len(indices)
+
+        x0, y, one_step = x0.cpu(), y.cpu(), one_step.cpu()
+        steps = {"noisy": (y, 0, 0.0), "mmse": (one_step, 1, seconds / calls), o.method: (result, calls, seconds)}
+        for method, (batch, calls, seconds) in steps.items():
+            quality = zip(utils.psnr(batch, x0).tolist(), utils.ssim(batch, x0)) if added else [(None, None)] * len(indices)
+            for i, (psnr, ssim) in zip(indices, quality):
+                rows[i] = (rows[i] or {}) | {method: (psnr, ssim, calls, seconds)}
         for k, i in enumerate(indices):
-            rows[i] = {"noisy": (noisy[i], 0, 0.0), "mmse": (to_array(one_step[0][k]), 1, seconds / calls)}
-            rows[i][o.method] = (result[k], calls, seconds)
+            utils.save_image(Path(o.output, f"{names[i]}_{o.method}.png"), result[k])
+            if i in frames:
+                shown[i] = [utils.thumbnail(y[k]), frames[i], utils.thumbnail(one_step[k]), utils.thumbnail(result[k]), utils.thumbnail(x0[k])]
     bar.close()
 
-    clean = images if added else None
-    print_table(names, sigmas, rows, clean)
-    write_results(o, names, rows)
-    draw(o, names, sigmas, noisy, frames, rows, clean)
-
-
-def to_array(x):  # (3, H, W) tensor -> (H, W, 3) array
-    return x.permute(1, 2, 0).cpu().numpy()
-
-
-def print_table(names, sigmas, rows, clean):
-    """Print a line per image and method, and the means; of many images the means alone. PSNR only if clean is known."""
-    width = max(9, *(len(name) for name in names))
-    print(f"{'image':{width}}  {'noise':>6}  {'method':8}  {'PSNR dB':>7}  {'SSIM':>5}  {'calls':>5}  {'seconds':>8}")
-    means = {}
-    for i, (name, sigma) in enumerate(zip(names, sigmas)):
-        for method, (image, calls, seconds) in rows[i].items():
-            quality = (utils.psnr(image, clean[i]), utils.ssim(image, clean[i])) if clean else (None, None)
-            line = (sigma, *quality, calls, seconds)
-            means.setdefault(method, []).append(line)
-            if len(names) <= 16:
-                print_line(name, width, method, line)
-    if len(names) > 1:
-        for method, lines in means.items():
-            columns = zip(*lines)
-            print_line(f"mean of {len(lines)}", width, method, [None if c[0] is None else float(np.mean(c)) for c in columns])
-
-
-def print_line(name, width, method, line):
-    sigma, psnr, ssim, calls, seconds = line
-    quality = f"{'-':>7}  {'-':>5}" if psnr is None else f"{psnr:7.2f}  {ssim:5.3f}"
-    print(f"{name:{width}}  {sigma:6.4f}  {method:8}  {quality}  {calls:5.0f}  {seconds:8.4f}")
-
-
-def write_results(o, names, rows):
-    for name, row in zip(names, rows):
-        utils.save_image(Path(o.output, f"{name}_{o.method}.png"), row[o.method][0])
+    print_table(names, sigmas, rows)
     print(f"wrote {len(names)} image{'s' * (len(names) > 1)} to '{o.output}'")
+    draw([shown[i] for i in sorted(shown)], [rows[i] for i in sorted(shown)], added, o)
 
 
-def draw(o, names, sigmas, noisy, frames, rows, clean):
+def to_tensor(images, device):  # list of (H, W, 3) arrays -> (B, 3, H, W)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+
+
+def print_table(names, sigmas, rows):
+    """Print a line per image and method, and the means; of many images the means alone. No PSNR where the truth is unknown."""
+    width = max(12, *(len(name) for name in names))
+    print(f"{'image':{width}}  {'noise':>6}  {'method':8}  {'PSNR dB':>7}  {'SSIM':>5}  {'calls':>5}  {'seconds':>8}")
+    lines = [(name, method, (sigma, *row[method])) for name, sigma, row in zip(names, sigmas, rows) for method in row]
+    if len(names) > 1:
+        for method in rows[0]:
+            columns = zip(*[values for _, m, values in lines if m == method])
+            means = [None if column[0] is None else float(np.mean(column)) for column in columns]
+            lines.append((f"mean of {len(names)}", method, means))
+    for name, method, (sigma, psnr, ssim, calls, seconds) in lines if len(names) <= 16 else lines[-len(rows[0]) :]:
+        quality = f"{'-':>7}  {'-':>5}" if psnr is None else f"{psnr:7.2f}  {ssim:5.3f}"
+        print(f"{name:{width}}  {sigma:6.4f}  {method:8}  {quality}  {calls:5.0f}  {seconds:8.4f}")
+
+
+def draw(shown, rows, added, o):
     """Write the figure (noisy, states on the way, one step, result, clean) and the animation (states and estimates)."""
-    grid, strips = [], []
-    for i, levels in frames.items():
-
-        def scored(title, image, i=i):
-            return title, utils.crop(image), f"{utils.psnr(image, clean[i]):.2f} dB" if clean else ""
-
-        picked = sorted({round(k * (len(levels) - 1) / (o.frames + 1)) for k in range(1, o.frames + 1)} - {0})
-        states = [(f"step {k}", levels[k][1], f"$\\sigma$ = {levels[k][0]:.3g}") for k in picked]
-        results = [scored("one step" if m == "mmse" else m, image) for m, (image, _, _) in rows[i].items() if m != "noisy"]
-        truth = [("clean", utils.crop(clean[i]), "")] if clean else []
-        grid.append([("noisy", utils.crop(noisy[i]), f"$\\sigma$ = {sigmas[i]:.3g}"), *states, *results, *truth])
-        strips.append([*levels, (0.0, utils.crop(rows[i][o.method][0]), utils.crop(rows[i][o.method][0]))])
-    path = Path("figures", f"denoise_{Path(o.input).stem}_{o.method}.jpg")
+    grid = []
+    for (noisy, frames, one_step, result, clean), row in zip(shown, rows):
+        scores = {method: "" if psnr is None else f"{psnr:.2f} dB" for method, (psnr, *_) in row.items()}
+        columns = [("noisy", noisy, f"$\\sigma$ = {frames[0][0]:.3g}")]
+        if o.method != "mmse":
+            for k in range(1, o.frames + 1):
+                step = round(k * (len(frames) - 1) / (o.frames + 1))
+                columns.append((f"step {step}", frames[step][1], f"$\\sigma$ = {frames[step][0]:.3g}"))
+            columns.append(("one step", one_step, scores["mmse"]))
+        columns.append((o.method, result, scores[o.method]))
+        grid.append(columns + ([("clean", clean, "")] if added else []))
+    path = Path(o.output, f"{Path(o.input).stem}_{o.method}_frames.jpg")
     utils.plot_grid(path, grid)
-    utils.save_animation(path.with_suffix(".gif"), strips)
+    utils.save_animation(path.with_suffix(".gif"), [[*frames, (0.0, result, result)] for _, frames, _, result, _ in shown])
     print(f"wrote '{path}' and '{path.with_suffix('.gif')}'")
 
 

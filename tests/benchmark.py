@@ -35,18 +35,12 @@ CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network for all noise levels
 STEP_SIZE = 1e-4  # of the recipe
 STEP_SIZES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # of the study
 STUDY_STEPS = 400  # Langevin updates followed in the studies
-SDE_STEPS = 100  # network calls of the reverse SDE
-ODE_STEPS = 10  # noise levels of the probability-flow ODE, two network calls each but the last
+SDE_STEPS = 20  # network calls of the reverse SDE and of the probability-flow ODE
 SEED = 0  # of the noise (numpy's default_rng) and, plus the image's number, of the draws
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 BATCH = 200  # images that go through a network together
 # -----------------------------------------------------------------------------
-
-
-def psnrs(images, x0):
-    """PSNR of each image in dB; (B, 3, H, W) tensors, the first clipped to [0, 1] -> (B,)."""
-    return -10 * ((images.clamp(0, 1) - x0).double() ** 2).mean(dim=(1, 2, 3)).log10()
 
 
 def batches(y, x0, o):
@@ -57,17 +51,15 @@ def batches(y, x0, o):
 
 
 def measure(label, calls, sampler, y, x0, o):
-    """Print the mean PSNR of sampler(y, seeds) with its standard error, the mean SSIM, calls and time; return the PSNR."""
+    """Print the mean PSNR of sampler(y, seeds) with its standard error, the mean SSIM, calls and time."""
     quality, seconds = [], 0.0
     for part, truth, seeds in tqdm(list(batches(y, x0, o)), desc=label, leave=False):
         start = time.perf_counter()
-        result = sampler(part, seeds).clamp(0, 1)
-        pairs = [[x.permute(1, 2, 0).cpu().numpy() for x in pair] for pair in zip(result, truth)]
+        result = sampler(part, seeds).cpu()  # waits for the GPU
         seconds += time.perf_counter() - start
-        quality += zip(psnrs(result, truth).tolist(), (utils.ssim(*pair) for pair in pairs))
+        quality += zip(utils.psnr(result, truth.cpu()).tolist(), utils.ssim(result, truth))
     (psnr, ssim), error = np.mean(quality, axis=0), np.std(quality, axis=0)[0] / math.sqrt(len(y))
     print(f"{label:44}  {psnr:6.2f} +- {error:4.2f}  {ssim:5.3f}  {calls:5d}  {1000 * seconds / len(y):9.2f}")
-    return psnr
 
 
 def langevin_curve(model, y, x0, o, step_size, temperature=None):
@@ -77,14 +69,14 @@ def langevin_curve(model, y, x0, o, step_size, temperature=None):
         curve = []
 
         def callback(step, x_t, denoised, sigma):
-            curve.append(psnrs(x_t, truth).sum())
+            curve.append(utils.psnr(x_t, truth).sum())
 
         result = sde.langevin(model, part, o.sigma, o.study_steps, step_size, temperature, seeds, callback)
-        total += torch.stack([*curve, psnrs(result, truth).sum()])
+        total += torch.stack([*curve, utils.psnr(result, truth).sum()])
     return (total / len(y)).cpu().numpy()
 
 
-def plot_steps(path, curves, levels, o):
+def plot_steps(path, curves, levels, count, o):
     """Draw PSNR against the number of Langevin updates. curves: {label: array}; levels: {label: PSNR}."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -94,13 +86,13 @@ def plot_steps(path, curves, levels, o):
     for (label, level), style in zip(levels.items(), ("--", ":")):
         axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{label}: {level:.2f} dB")
     axes.set(xlabel=f"Langevin updates of step size {o.step_size:g}", ylabel="PSNR, dB, mean over images")
-    axes.set_title(f"Plain Langevin first denoises, then forgets the image ($\\sigma$ = {o.sigma:g}, {o.study_count} images)")
+    axes.set_title(f"Plain Langevin first denoises, then forgets the image ($\\sigma$ = {o.sigma:g}, {count} images)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     utils.save_figure(path, figure)
 
 
-def plot_step_sizes(path, curves, levels, o):
+def plot_step_sizes(path, curves, levels, count, o):
     """Draw PSNR against the step size, for fixed numbers of updates and for the best. curves: {step size: array}."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -114,7 +106,7 @@ def plot_step_sizes(path, curves, levels, o):
     for (label, level), style in zip(levels.items(), ("-.", ":")):
         axes.axhline(level, color="grey", linestyle=style, linewidth=1, label=f"{label}: {level:.2f} dB")
     axes.set(xscale="log", xlabel="step size", ylabel="PSNR, dB, mean over images", xticks=sizes, xticklabels=[f"{s:g}" for s in sizes])
-    axes.set_title(f"Plain Langevin: step size and number of updates ($\\sigma$ = {o.sigma:g}, {o.study_count} images)")
+    axes.set_title(f"Plain Langevin: step size and number of updates ($\\sigma$ = {o.sigma:g}, {count} images)")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -125,6 +117,9 @@ def main(o):
     device = utils.pick_device(o.device)
     bfloat16 = utils.pick_bfloat16(o.precision, device)
     recipe, model = load_model(o.recipe, device, bfloat16), load_model(o.checkpoint, device, bfloat16)
+    for network, path in ((recipe, o.recipe), (model, o.checkpoint)):
+        if not network.sigma_min <= o.sigma <= network.sigma_max:
+            raise ValueError(f"'{path}' was trained from {network.sigma_min:g} to {network.sigma_max:g}, not at --sigma {o.sigma:g}")
     images = [image for _, image in utils.read_images(o.input, o.data_dir)[: o.count]]
     x0, y = (
         torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device) for part in (images, utils.add_noise(images, o.sigma, o.seed))
@@ -139,19 +134,16 @@ def main(o):
         measure(label, steps, lambda y, seeds: sde.langevin(recipe, y, o.sigma, steps, o.step_size, generator=seeds), y, x0, o)
     measure("three layers, one step", 1, lambda y, seeds: recipe(y, o.sigma), y, x0, o)
 
-    def draw(y, seeds):
-        return sde.reverse_sde(model, y, o.sigma, o.sde_steps, sigma_min=model.sigma_min, generator=seeds)
+    def along(eta):
+        return lambda y, seeds: sde.adams(model, y, o.sigma, o.sde_steps, eta, model.sigma_min, generator=seeds)
 
-    def flow(y, seeds):
-        return sde.probability_flow_ode(model, y, o.sigma, o.ode_steps, sigma_min=model.sigma_min)
-
-    measure("U-Net, reverse SDE, one draw", o.sde_steps, draw, y, x0, o)
-    measure("U-Net, probability-flow ODE", 2 * o.ode_steps - 1, flow, y, x0, o)
+    measure("U-Net, reverse SDE, one draw", o.sde_steps, along(1.0), y, x0, o)
+    measure("U-Net, probability-flow ODE", o.sde_steps, along(0.0), y, x0, o)
     measure("U-Net, one step", 1, lambda y, seeds: model(y, o.sigma), y, x0, o)
 
     y, x0 = y[: o.study_count], x0[: o.study_count]
     levels = {"the same network in one step": recipe, "the U-Net in one step": model}
-    levels = {label: psnrs(network(y, o.sigma), x0).mean().item() for label, network in levels.items()}
+    levels = {label: utils.psnr(network(y, o.sigma), x0).mean().item() for label, network in levels.items()}
     curves = {size: langevin_curve(recipe, y, x0, o, size) for size in sorted({o.step_size, *o.step_sizes})}
     print(f"\nstep size, best PSNR, after how many of {o.study_steps} updates ({len(y)} images)")
     for size, curve in curves.items():
@@ -161,8 +153,8 @@ def main(o):
         "three layers, temperature 0 (no noise added)": langevin_curve(recipe, y, x0, o, o.step_size, 0.0),
         "U-Net, temperature $\\sigma^2$": langevin_curve(model, y, x0, o, o.step_size),
     }
-    plot_steps(Path("figures", "langevin_steps.png"), steps_curves, levels, o)
-    plot_step_sizes(Path("figures", "langevin_step_size.png"), curves, levels, o)
+    plot_steps(Path("figures", "langevin_steps.png"), steps_curves, levels, len(y), o)
+    plot_step_sizes(Path("figures", "langevin_step_size.png"), curves, levels, len(y), o)
     print("wrote 'figures/langevin_steps.png' and 'figures/langevin_step_size.png'")
 
 

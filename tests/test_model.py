@@ -1,11 +1,15 @@
 """The network's arithmetic, and the loss, against closed forms."""
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from model import CNN3, ScoreModel, UNet, load_model
+from model import CNN3, ScoreModel, load_model
 from train_score import denoising_loss
-from utils import save_checkpoint
+from utils import add_noise, psnr, read_images, save_checkpoint
 
 SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 32), "blocks": (1, 1)}
 
@@ -160,15 +164,41 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_wrong_configurations_are_refused():
-    for wrong in ({"sigma_min": 0.0}, {"sigma_max": 0.001}, {"network": "transformer"}):
-        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+    for wrong in ({"sigma_min": 0.0}, {"sigma_max": 0.001}, {"network": "transformer"}, {"blocks": (1, 2, 3)}, {"widths": (0, 0)}):
+        with pytest.raises(ValueError, match=re.escape(str(next(iter(wrong.values()))))):
             ScoreModel(**SMALL | wrong)
 
 
-def test_the_unet_has_under_two_million_parameters_as_trained_by_default():
-    import train_score
+def test_what_is_not_a_batch_of_float_images_is_refused():
+    for wrong in (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4), torch.zeros(1, 1, 4, 4)):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(wrong.shape)))):
+            small_model()(wrong, 0.1)
 
-    assert sum(p.numel() for p in UNet(train_score.WIDTHS, train_score.BLOCKS).parameters()) < 2e6
+
+# -----------------------------------------------------------------------------
+# The checkpoints that ship
+# -----------------------------------------------------------------------------
+
+
+def one_step_psnr(model, sigma):
+    names, x0 = zip(*read_images("samples"))
+    y = torch.from_numpy(np.stack(add_noise(x0, sigma, 0))).permute(0, 3, 1, 2)
+    return psnr(model(y, sigma), torch.from_numpy(np.stack(x0)).permute(0, 3, 1, 2)).mean().item()
+
+
+def test_the_shipped_network_is_small_trained_and_says_how_well():
+    model = load_model("checkpoints/score_cifar10.pt")
+    assert sum(p.numel() for p in model.parameters()) < 2e6 and Path("checkpoints/score_cifar10.pt").stat().st_size < 10e6
+    assert (model.sigma_min, model.sigma_max) == (0.01, 1.0)
+    assert model.info["test_psnr"][0.1] > 29.0 and model.info["images_seen"] > 500_000
+    for sigma, floor in ((0.05, 32.0), (0.1, 28.5), (0.2, 25.0)):  # on photographs, not thumbnails of CIFAR-10
+        assert one_step_psnr(model, sigma) > floor
+
+
+def test_the_shipped_recipe_denoises_at_its_level():
+    model = load_model("checkpoints/cnn3_cifar10.pt")
+    assert model.sigma_min == model.sigma_max == 0.1 and model.config["network"] == "cnn3"
+    assert one_step_psnr(model, 0.1) > 26.0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
