@@ -104,10 +104,12 @@ def choose_sigmas(names, noisy, added, model, o):
         sigma = added or o.sigma
         if sigma is None:
             sigma = utils.estimate_sigma(y)
-            print(f"{name}: noise level estimated at {sigma:.4f}" + (f", taken as the lowest trained, {low:g}" if sigma < low else ""))
+            note = f", taken as the lowest trained, {low:g}" if sigma < low else ""
+            print(f"{name}: noise level estimated at {sigma:.4f}{note}")
             sigma = max(sigma, low)
         if not low <= sigma <= high:
-            raise ValueError(f"noise level {sigma:g} of '{name}' is outside the range {low:g} to {high:g} that '{o.checkpoint}' was trained on")
+            trained = f"the range {low:g} to {high:g} that '{o.checkpoint}' was trained on"
+            raise ValueError(f"noise level {sigma:g} of '{name}' is outside {trained}")
         sigmas.append(sigma)
     return sigmas
 
@@ -122,6 +124,25 @@ def batches(noisy, sigmas, pixels):
         yield from (indices[k : k + size] for k in range(0, len(indices), size))
 
 
+def watch(indices, count, bar):
+    """Return a sampler's callback, which moves the bar, and what it keeps of the batch of images with these indices.
+
+    frames: {index: [(sigma, state, estimate of x0) at every level]} of images below `count`, as thumbnails; and a list
+    with the first estimate of the batch, which is E[x0 | y].
+    """
+    frames, one_step = {i: [] for i in indices if i < count}, []
+
+    def callback(step, x_t, estimate, sigma):
+        if step == 0:
+            one_step.append(estimate)
+        for k, i in enumerate(indices):
+            if i in frames:
+                frames[i].append((sigma, utils.thumbnail(x_t[k]), utils.thumbnail(estimate[k])))
+        bar.update(len(indices))
+
+    return callback, frames, one_step
+
+
 def main(o):
     for name in ("count", "steps", "langevin_steps", "langevin_step_size", "batch_pixels", "shown", "frames"):
         if not getattr(o, name) > 0:
@@ -134,7 +155,8 @@ def main(o):
     bfloat16 = utils.pick_bfloat16(o.precision, device)
     model = load_model(o.checkpoint, device, bfloat16)
     if o.method not in ("mmse", "langevin") and model.sigma_min == model.sigma_max:
-        raise ValueError(f"--method {o.method} needs many noise levels, and '{o.checkpoint}' knows only {model.sigma_min:g}: use mmse or langevin")
+        level = f"'{o.checkpoint}' knows only {model.sigma_min:g}"
+        raise ValueError(f"--method {o.method} needs many noise levels, and {level}: use mmse or langevin")
 
     found = utils.read_images(o.input, o.data_dir)
     names, images = zip(*found[: o.count])
@@ -154,24 +176,13 @@ def main(o):
     bar = tqdm(total=len(images) * levels, desc=o.method, unit="step", leave=False)
     for indices in batches(noisy, sigmas, o.batch_pixels):
         y, x0 = (to_tensor([stack[i] for i in indices], device) for stack in (noisy, images))
-        frames = {i: [] for i in indices if i < o.shown}
-        one_step = None
-
-        def callback(step, x_t, estimate, sigma):
-            nonlocal one_step
-            if step == 0:
-                one_step = estimate
-            for k, i in enumerate(indices):
-                if i in frames:
-                    frames[i].append((sigma, utils.thumbnail(x_t[k]), utils.thumbnail(estimate[k])))
-            bar.update(len(indices))
-
+        callback, frames, one_step = watch(indices, o.shown, bar)
         start = time.perf_counter()
         result, calls = denoise(model, y, sigmas[indices[0]], [o.seed + i for i in indices], callback, o)
         result = result.cpu()  # waits for the GPU
         seconds = (time.perf_counter() - start) / len(indices)
 
-        x0, y, one_step = x0.cpu(), y.cpu(), one_step.cpu()
+        x0, y, one_step = x0.cpu(), y.cpu(), one_step[0].cpu()
         steps = {"noisy": (y, 0, 0.0), "mmse": (one_step, 1, seconds / calls), o.method: (result, calls, seconds)}
         for method, (batch, calls, seconds) in steps.items():
             quality = zip(utils.psnr(batch, x0).tolist(), utils.ssim(batch, x0)) if added else [(None, None)] * len(indices)
@@ -180,7 +191,8 @@ def main(o):
         for k, i in enumerate(indices):
             utils.save_image(Path(o.output, f"{names[i]}_{o.method}.png"), result[k])
             if i in frames:
-                shown[i] = [utils.thumbnail(y[k]), frames[i], utils.thumbnail(one_step[k]), utils.thumbnail(result[k]), utils.thumbnail(x0[k])]
+                noisy_i, estimate, final, clean = (utils.thumbnail(batch[k]) for batch in (y, one_step, result, x0))
+                shown[i] = noisy_i, frames[i], estimate, final, clean
     bar.close()
 
     print_table(names, sigmas, rows)

@@ -7,7 +7,6 @@
 x is a float tensor (B, 3, H, W) of images in [0, 1] plus noise of standard deviation sigma in the same units.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import nn

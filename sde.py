@@ -3,7 +3,7 @@
 A noisy image y = x0 + sigma n is a state of the SDE, at the time when the noise-to-signal ratio is sigma. So the
 reverse-time SDE started there draws from p(x0 | y), and nothing has to be generated from pure noise.
 
-Every sampler takes a `denoiser`, any callable (x, sigma) -> E[x0 | x], and
+Every sampler takes a `denoiser`, any callable (x, sigma) -> E[x0 | x], and (the one-step `tweedie` only what it needs)
     y          (B, 3, H, W), the noisy images, neither clipped nor rounded
     sigma      their noise level, a float in the units of y
     steps      the number of noise levels visited (or of Langevin updates), at least 1
@@ -35,7 +35,7 @@ class LinearSDE:
         return _derivative(lambda t: self.alpha(t).log(), t)
 
     def diffusion(self, t):
-        """g(t) = alpha(t) sqrt((sigma^2)'(t))  (Karras et al. 2022, eq. 13 and 14)."""
+        """g(t) = alpha(t) sqrt((sigma^2)'(t))  (Karras et al. 2022, app. B)."""
         return self.alpha(t) * _derivative(lambda t: self.sigma(t) ** 2, t).sqrt()
 
     def perturb(self, x0, t, noise):
@@ -170,9 +170,7 @@ def reverse_sde(denoiser, y, sigma, steps=100, sde=None, sigma_min=0.01, rho=7.0
     return _run(denoiser, alpha[0] * y, alpha, levels, update, callback)
 
 
-def probability_flow_ode(
-    denoiser, y, sigma, steps=10, sde=None, sigma_min=0.01, rho=7.0, generator=None, callback=None
-):
+def probability_flow_ode(denoiser, y, sigma, steps=10, sde=None, sigma_min=0.01, rho=7.0, generator=None, callback=None):
     """Follow the flow that has the marginals of the SDE without its noise, by Heun's method (Song et al. 2021, eq. 13)
 
         dx = (f x - g^2 score / 2) dt,  t falling,
@@ -224,8 +222,9 @@ def ddim(denoiser, y, sigma, steps=100, eta=1.0, sigma_min=0.01, rho=7.0, genera
 def adams(denoiser, y, sigma, steps=10, eta=1.0, sigma_min=0.01, rho=7.0, generator=None, callback=None):
     """Solve the reverse SDE (eta 1) or the probability-flow ODE (eta 0) with a two-step Adams predictor and corrector.
 
-    Between the levels t and s, with h = log(t / s) and k = 1 + eta^2, the linear part and the noise are exact and D is a line in
-    log sigma (SA-Solver: Xue et al. 2023, prop. 4.1 to 4.3, with tau = eta; at eta 0 DPM-Solver++(2M), Lu et al. 2022):
+    Between the levels t and s, with h = log(t / s) and k = 1 + eta^2, the linear part and the noise are exact and D is a
+    line in log sigma (SA-Solver, Xue et al. 2023, predicting data with tau = eta; the predictor at eta 0 is
+    DPM-Solver++(2M), Lu et al. 2022):
 
         x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,  b = 1 - (1 - e^(-k h)) / (k h).
 
@@ -326,9 +325,7 @@ def predictor_corrector(
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 
 
-def annealed_langevin(
-    denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_min=0.01, rho=7.0, generator=None, callback=None
-):
+def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_min=0.01, rho=7.0, generator=None, callback=None):
     """Anneal Langevin updates from y down to sigma_min, with the pull of the observation (Kawar et al. 2021, algorithm 1):
 
         x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt(2 e) z,  e = delta s^2 (1 - s^2 / sigma^2),

@@ -4,7 +4,7 @@
     python train_score.py --data PATH --name mine       # any folder of images and .npy arrays
     python train_score.py --help                        # every constant below is an option
 
-The loss (Vincent 2011, eq. 9; Karras et al. 2022, eq. 8), for clean images x0 and x = x0 + sigma n, is
+The loss (Vincent 2011; weighed as in Karras et al. 2022), for clean images x0 and x = x0 + sigma n, is
 
     E lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2  =  E lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
 
@@ -123,20 +123,7 @@ def validate(model, images, sigmas):
     return means
 
 
-def check_resumable(state, o, fingerprint, path):
-    """Raise ValueError where going on from `state` would mix two different trainings."""
-    if not {"options", "fingerprint", "step"} <= state.keys():
-        raise ValueError(f"'{path}' is not what a training goes on from: delete it, or choose another --name")
-    free = ("epochs", "lr", "save_minutes", "device", "precision", "data", "data_dir", "test", "name")
-    for name, old in state["options"].items():
-        if name not in free and getattr(o, name) != old:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"'{path}' was made with {option} {old}, not {getattr(o, name)}: choose another --name, or delete it")
-    if state["fingerprint"] != fingerprint:
-        raise ValueError(f"'{path}' was made with other images than those of '{o.data}': choose another --name, or delete it")
-
-
-def main(o):
+def check_options(o):
     for name in ("epochs", "batch_size", "lr", "val_images", "log_steps", "save_minutes"):
         if not getattr(o, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
@@ -145,6 +132,25 @@ def main(o):
     for name in ("decay", "ema"):
         if not 0 <= getattr(o, name) <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1, not {getattr(o, name)}")
+
+
+def check_resumable(state, o, fingerprint, path):
+    """Raise ValueError where going on from `state` would mix two different trainings."""
+    if not {"options", "fingerprint", "step"} <= state.keys():
+        raise ValueError(f"'{path}' is not what a training goes on from: delete it, or choose another --name")
+    free = ("epochs", "lr", "save_minutes", "device", "precision", "data", "data_dir", "test", "name")
+    for name, old in state["options"].items():
+        if name not in free and getattr(o, name) != old:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"'{path}' was made with {option} {old}, not {getattr(o, name)}: choose another --name, or delete it"
+            )
+    if state["fingerprint"] != fingerprint:
+        raise ValueError(f"'{path}' was made with other images than those of '{o.data}': choose another --name, or delete it")
+
+
+def main(o):
+    check_options(o)
     sigmas = [s for s in o.val_sigmas if o.sigma_min <= s <= o.sigma_max] or [o.sigma_max]
 
     device = utils.pick_device(o.device)
@@ -183,7 +189,11 @@ def main(o):
     if start >= steps:
         raise ValueError(f"'{path}' is trained for {o.epochs} epochs already: give more --epochs to go on")
     parameters = sum(p.numel() for p in model.parameters())
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     print(
         f"{o.network}, {parameters:,} parameters, on {hardware} in {'bfloat16' if bfloat16 else 'float32'}; "
         f"{len(train):,} training images, {o.epochs} epochs of {steps_per_epoch} steps"
@@ -196,7 +206,9 @@ def main(o):
     def finite(loss, step):
         if not (math.isfinite(loss.item()) and all(p.isfinite().all() for p in model.parameters())):
             bar.close()
-            raise ValueError(f"the loss or a weight is not finite at step {step}; the checkpoint is as last saved: lower --lr {o.lr}")
+            raise ValueError(
+                f"the loss or a weight is not finite at step {step}; the checkpoint is as last saved: lower --lr {o.lr}"
+            )
         return loss.item()
 
     def save(step):

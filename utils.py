@@ -171,7 +171,10 @@ def _to_uint8(array):
 
 def _sample_photographs():
     folder = Path(skimage.__file__).parent / "data"
-    return [(name, np.asarray(Image.open(folder / f"{name}.{'jpg' if name == 'rocket' else 'png'}").convert("RGB"))) for name in SAMPLES]
+    return [
+        (name, np.asarray(Image.open(folder / f"{name}.{'jpg' if name == 'rocket' else 'png'}").convert("RGB")))
+        for name in SAMPLES
+    ]
 
 
 def _thumbnail(photograph, size):

@@ -8,6 +8,7 @@ step and along the reverse-time SDE; then draws the two studies of the recipe: P
 updates (figures/langevin_steps.png), and against their step size (figures/langevin_step_size.png).
 """
 
+import functools
 import math
 import sys
 import time
@@ -67,10 +68,7 @@ def langevin_curve(model, y, x0, o, step_size, temperature=None):
     total = torch.zeros(o.study_steps + 1, dtype=torch.float64, device=y.device)
     for part, truth, seeds in tqdm(list(batches(y, x0, o)), desc=f"Langevin, step size {step_size:g}", leave=False):
         curve = []
-
-        def callback(step, x_t, denoised, sigma):
-            curve.append(utils.psnr(x_t, truth).sum())
-
+        callback = lambda step, x_t, *_, curve=curve, truth=truth: curve.append(utils.psnr(x_t, truth).sum())  # noqa: E731
         result = sde.langevin(model, part, o.sigma, o.study_steps, step_size, temperature, seeds, callback)
         total += torch.stack([*curve, utils.psnr(result, truth).sum()])
     return (total / len(y)).cpu().numpy()
@@ -100,12 +98,16 @@ def plot_step_sizes(path, curves, levels, count, o):
     for steps in [k for k in (50, 100, 200) if k <= o.study_steps]:
         axes.plot(sizes, [curves[size][steps] for size in sizes], marker=".", label=f"after {steps} updates")
     best = [curves[size].argmax() for size in sizes]
-    axes.plot(sizes, [curves[size][k] for size, k in zip(sizes, best)], "k.--", label="after the best number of updates, written beside")
+    axes.plot(
+        sizes, [curves[size][k] for size, k in zip(sizes, best)], "k.--", label="after the best number of updates, written beside"
+    )
     for size, k in zip(sizes, best):
         axes.annotate(str(k), (size, curves[size][k]), (0, 5), textcoords="offset points", ha="center", fontsize=8)
     for (label, level), style in zip(levels.items(), ("-.", ":")):
         axes.axhline(level, color="grey", linestyle=style, linewidth=1, label=f"{label}: {level:.2f} dB")
-    axes.set(xscale="log", xlabel="step size", ylabel="PSNR, dB, mean over images", xticks=sizes, xticklabels=[f"{s:g}" for s in sizes])
+    axes.set(
+        xscale="log", xlabel="step size", ylabel="PSNR, dB, mean over images", xticks=sizes, xticklabels=[f"{s:g}" for s in sizes]
+    )
     axes.set_title(f"Plain Langevin: step size and number of updates ($\\sigma$ = {o.sigma:g}, {count} images)")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -119,19 +121,24 @@ def main(o):
     recipe, model = load_model(o.recipe, device, bfloat16), load_model(o.checkpoint, device, bfloat16)
     for network, path in ((recipe, o.recipe), (model, o.checkpoint)):
         if not network.sigma_min <= o.sigma <= network.sigma_max:
-            raise ValueError(f"'{path}' was trained from {network.sigma_min:g} to {network.sigma_max:g}, not at --sigma {o.sigma:g}")
+            raise ValueError(
+                f"'{path}' was trained from {network.sigma_min:g} to {network.sigma_max:g}, not at --sigma {o.sigma:g}"
+            )
     images = [image for _, image in utils.read_images(o.input, o.data_dir)[: o.count]]
     x0, y = (
-        torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device) for part in (images, utils.add_noise(images, o.sigma, o.seed))
+        torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device)
+        for part in (images, utils.add_noise(images, o.sigma, o.seed))
     )
 
     precision = "bfloat16" if bfloat16 else "float32"
-    print(f"{len(y)} images of {o.input}, sigma {o.sigma:g}, seed {o.seed}; {device} with {torch.get_num_threads()} threads, {precision}")
+    machine = f"{device} with {torch.get_num_threads()} threads"
+    print(f"{len(y)} images of {o.input}, sigma {o.sigma:g}, seed {o.seed}; {machine}, {precision}")
     print(f"{'':44}  {'PSNR dB':>14}  {'SSIM':>5}  {'calls':>5}  {'ms/image':>9}")
     measure("noisy", 0, lambda y, seeds: y, y, x0, o)
     for steps in (100, 200):
+        run = functools.partial(sde.langevin, recipe, sigma=o.sigma, steps=steps, step_size=o.step_size)
         label = f"three layers, original Langevin, {steps} steps"
-        measure(label, steps, lambda y, seeds: sde.langevin(recipe, y, o.sigma, steps, o.step_size, generator=seeds), y, x0, o)
+        measure(label, steps, lambda y, seeds, run=run: run(y=y, generator=seeds), y, x0, o)
     measure("three layers, one step", 1, lambda y, seeds: recipe(y, o.sigma), y, x0, o)
 
     def along(eta):

@@ -51,7 +51,7 @@ def test_preconditioning_asks_the_network_for_a_target_of_unit_variance():
         x0 = 0.5 + model.sigma_data * torch.randn(16, 3, 64, 64, generator=rng)
         x = x0 + sigma * torch.randn(x0.shape, generator=rng)
         seen = []
-        model.net.forward = lambda scaled, log_sigma: (seen.append(scaled), torch.ones_like(scaled))[1]
+        model.net.forward = lambda scaled, log_sigma, seen=seen: (seen.append(scaled), torch.ones_like(scaled))[1]
         ones = model(x, sigma)
         model.net.forward = lambda scaled, log_sigma: torch.zeros_like(scaled)
         zeros = model(x, sigma)
@@ -164,7 +164,13 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_wrong_configurations_are_refused():
-    for wrong in ({"sigma_min": 0.0}, {"sigma_max": 0.001}, {"network": "transformer"}, {"blocks": (1, 2, 3)}, {"widths": (0, 0)}):
+    for wrong in (
+        {"sigma_min": 0.0},
+        {"sigma_max": 0.001},
+        {"network": "transformer"},
+        {"blocks": (1, 2, 3)},
+        {"widths": (0, 0)},
+    ):
         with pytest.raises(ValueError, match=re.escape(str(next(iter(wrong.values()))))):
             ScoreModel(**SMALL | wrong)
 

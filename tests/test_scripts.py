@@ -209,7 +209,9 @@ def test_pictures_of_several_sizes_and_levels_go_together(trained, tmp_path):
         clean = torch.from_numpy(image[: 40 + k, : 50 + 2 * k]).permute(2, 0, 1)
         noise = 0.1 * k * torch.randn(clean.shape, generator=torch.Generator().manual_seed(k))
         utils.save_image(tmp_path / "mixed" / f"{name}.png", clean * 0.01 + 0.5 + noise)  # the first is all but flat
-    out, _ = run(tmp_path, "denoise.py", f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input mixed --steps 3 --device cpu")
+    out, _ = run(
+        tmp_path, "denoise.py", f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input mixed --steps 3 --device cpu"
+    )
     assert "3 of 3 images" in out and "taken as the lowest trained, 0.01" in out
     assert Image.open(tmp_path / "output" / "coffee_sde.png").size == (54, 42)
     assert (tmp_path / "output" / "mixed_sde_frames.jpg").exists() and (tmp_path / "output" / "mixed_sde_frames.gif").exists()
@@ -235,11 +237,14 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
 
 
 def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it(trained, tmp_path):
-    common = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input {trained / 'patches.npy'} --sigma 0.1 --steps 3 --device cpu"
+    checkpoint = trained / "checkpoints" / "score.pt"
+    common = f"--checkpoint {checkpoint} --input {trained / 'patches.npy'} --sigma 0.1 --steps 3 --device cpu"
     run(tmp_path, "denoise.py", f"{common} --count 4 --output together")
     run(tmp_path, "denoise.py", f"{common} --count 4 --output apart --batch-pixels 1024")
     for k in range(4):
-        together, apart = (np.asarray(Image.open(tmp_path / f / f"patches_{k:05d}_sde.png")).astype(int) for f in ("together", "apart"))
+        together, apart = (
+            np.asarray(Image.open(tmp_path / f / f"patches_{k:05d}_sde.png")).astype(int) for f in ("together", "apart")
+        )
         assert np.abs(together - apart).max() <= 1  # the same draw; the network's sums may round differently
 
 
@@ -274,7 +279,9 @@ def test_cifar10_without_network_or_data_says_what_to_do(trained, tmp_path, refu
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nowhere")  # nobody listens there
     (tmp_path / "data").mkdir()
     refuses(tmp_path, "train_score.py", "--data cifar10", "connect to the network")
-    refuses(tmp_path, "denoise.py", f"--input cifar10 --checkpoint {trained / 'checkpoints' / 'score.pt'}", "connect to the network")
+    refuses(
+        tmp_path, "denoise.py", f"--input cifar10 --checkpoint {trained / 'checkpoints' / 'score.pt'}", "connect to the network"
+    )
 
 
 # -----------------------------------------------------------------------------

@@ -73,14 +73,14 @@ def test_drift_and_diffusion_carry_the_variance_that_alpha_and_sigma_state(proce
 
 
 def test_ve_has_the_published_coefficients():
-    # Song et al. 2021, eq. 30: g = sigma_min (sigma_max / sigma_min)^t sqrt(2 log(sigma_max / sigma_min)).
+    # Song et al. 2021, app. C: g = sigma_min (sigma_max / sigma_min)^t sqrt(2 log(sigma_max / sigma_min)).
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
     assert torch.equal(VE().drift(t), torch.zeros_like(t)) and torch.equal(VE().alpha(t), torch.ones_like(t))
     torch.testing.assert_close(VE(0.01, 50).diffusion(t), 0.01 * 5000**t * math.sqrt(2 * math.log(5000)))
 
 
 def test_vp_has_the_published_coefficients():
-    # Song et al. 2021, eq. 32: f = -beta / 2, g = sqrt(beta), and signal and noise variances add up to one.
+    # Song et al. 2021, app. C: f = -beta / 2, g = sqrt(beta), and signal and noise variances add up to one.
     t = torch.linspace(0.01, 1, 5, dtype=torch.float64)
     beta, process = 0.1 + 19.9 * t, VP(0.1, 20)
     torch.testing.assert_close(process.drift(t), -beta / 2)
@@ -99,7 +99,9 @@ def test_the_score_of_a_gaussian_is_exact_at_every_time(process):
 def test_noise_levels_fall_evenly_in_the_chosen_power():
     levels = sde.noise_levels(0.5, 0.01, 9, rho=3.0)
     assert levels[0] == 0.5 and levels[-1] == 0.01
-    torch.testing.assert_close((levels ** (1 / 3)).diff(), torch.full((8,), (0.01 ** (1 / 3) - 0.5 ** (1 / 3)) / 8, dtype=torch.float64))
+    torch.testing.assert_close(
+        (levels ** (1 / 3)).diff(), torch.full((8,), (0.01 ** (1 / 3) - 0.5 ** (1 / 3)) / 8, dtype=torch.float64)
+    )
     geometric = sde.noise_levels(0.5, 0.01, 9, rho=math.inf)
     torch.testing.assert_close(geometric.log().diff(), torch.full((8,), math.log(0.02) / 8, dtype=torch.float64))
     assert sde.noise_levels(0.5, 0.01, 1).tolist() == [0.5] and sde.noise_levels(0.005, 0.01, 9).tolist() == [0.005]
@@ -181,14 +183,18 @@ def test_the_few_step_solver_with_40_calls_beats_first_order_ones_with_400(monke
 def test_without_noise_they_solve_the_probability_flow(sampler, order):
     y = torch.full((1, 1, 1, 1), 1.3, dtype=torch.float64)
     exact = MU + (1.3 - MU) * C / math.sqrt(C**2 + SIGMA**2)
-    errors = [abs(sampler(gaussian_denoiser, y, SIGMA, steps, eta=0.0, sigma_min=1e-5).item() - exact) for steps in (160, 320, 640)]
+    errors = [
+        abs(sampler(gaussian_denoiser, y, SIGMA, steps, eta=0.0, sigma_min=1e-5).item() - exact) for steps in (160, 320, 640)
+    ]
     assert abs(order_of(errors) - order) < 0.3 and errors[-1] < 0.01
 
 
 def test_only_the_churn_of_the_reverse_sde_keeps_the_observation(monkeypatch):
     # Any churn keeps the marginal law of x0; the posterior mean given y is kept by churn 1 alone.
     mean, std = posterior(1.3)
-    means = {c: exact_mean_and_std(monkeypatch, sde.edm, 1.3, 199, steps=200, churn=c, sigma_min=1e-3)[0] for c in (0.5, 1.0, 2.0)}
+    means = {
+        c: exact_mean_and_std(monkeypatch, sde.edm, 1.3, 199, steps=200, churn=c, sigma_min=1e-3)[0] for c in (0.5, 1.0, 2.0)
+    }
     assert abs(means[1.0] - mean) < 0.02 * std
     assert means[0.5] > mean + 0.1 * std and means[2.0] < mean - 0.1 * std
 

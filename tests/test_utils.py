@@ -6,6 +6,7 @@ import http.server
 import pickle
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,10 +93,28 @@ def test_pictures_of_every_kind_become_rgb_in_the_unit_interval(tmp_path):
     np.save(tmp_path / "g_floats.npy", noisy)
     (tmp_path / "notes.txt").write_text("not an image")
     images = dict(utils.read_images(tmp_path))
-    assert list(images) == ["a_rgb", "b_grey", "c_alpha", "d_deep", "d_float", "e_bytes", "f_stack_00000", "f_stack_00001", "g_floats"]
+    assert list(images) == [
+        "a_rgb",
+        "b_grey",
+        "c_alpha",
+        "d_deep",
+        "d_float",
+        "e_bytes",
+        "f_stack_00000",
+        "f_stack_00001",
+        "g_floats",
+    ]
     assert all(x.dtype == np.float32 and x.shape == (6, 8, 3) for x in images.values())
     grey = np.repeat(rgb[:, :, :1], 3, axis=2)
-    for name, expected in {"a_rgb": rgb, "b_grey": grey, "c_alpha": rgb, "d_deep": grey, "d_float": grey, "e_bytes": rgb, "f_stack_00001": rgb}.items():
+    for name, expected in {
+        "a_rgb": rgb,
+        "b_grey": grey,
+        "c_alpha": rgb,
+        "d_deep": grey,
+        "d_float": grey,
+        "e_bytes": rgb,
+        "f_stack_00001": rgb,
+    }.items():
         np.testing.assert_allclose(images[name], expected / 255, atol=1e-6)
     np.testing.assert_allclose(images["g_floats"], noisy, atol=1e-6)  # neither clipped nor rounded
     assert images["g_floats"].min() < 0
@@ -133,7 +152,19 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         utils.read_images(tmp_path / "nowhere")
-    for name in ("empty", "text.png", "text.npy", "cut.png", "shape.npy", "type.npy", "range.npy", "nan.npy", "object.npy", "words.npy", "archive.npy"):
+    for name in (
+        "empty",
+        "text.png",
+        "text.npy",
+        "cut.png",
+        "shape.npy",
+        "type.npy",
+        "range.npy",
+        "nan.npy",
+        "object.npy",
+        "words.npy",
+        "archive.npy",
+    ):
         with pytest.raises(ValueError, match=name):
             utils.read_images(tmp_path / name)
 
@@ -253,11 +284,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), utils.replacing(path) as temporary:
-        open(temporary, "w").write("half")
+        Path(temporary).write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with utils.replacing(path) as temporary:
-        open(temporary, "w").write("new")
+        Path(temporary).write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
