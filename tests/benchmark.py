@@ -1,11 +1,17 @@
-"""Measure the recipe this project starts from beside its successors, on the same noisy images.
+"""Print the tables of the README and draw the figures of the studies.
 
-    python tests/benchmark.py --input cifar10           # the table of the README and two figures
-    python tests/benchmark.py --help                    # every constant below is an option
+    python tests/benchmark.py --input cifar10                   # the recipe this project starts from, and successors
+    python tests/benchmark.py --input cifar10 --table samplers  # whether each sampler's draws are posterior draws
+    python tests/benchmark.py --help                            # every constant below is an option
 
-Prints PSNR, SSIM and time of the original Langevin recipe with its three-layer network, and of the new network in one
-step and along the reverse-time SDE; then draws the two studies of the recipe: PSNR against the number of Langevin
-updates (figures/langevin_steps.png), and against their step size (figures/langevin_step_size.png).
+"recipe" measures the original Langevin recipe with its three-layer network, and the U-Net in one step and along the
+reverse-time SDE, on the same noisy images; then it draws two studies of the recipe: PSNR against the number of updates
+(figures/langevin_steps.png), and against their step size (figures/langevin_step_size.png).
+
+"samplers" holds the draws against what is true of any draw from p(x0 | y): its squared error is twice that of the one-step
+estimate, the mean of n draws has 1 + 1/n times that error, the truth lies in a 50 % interval of the draws half of the
+time, and y minus the draw is white with standard deviation sigma. It does so for the network, and again for a Gaussian
+random field, whose denoiser is exact: what misses there is the sampler's fault, what misses only above the network's.
 """
 
 import functools
@@ -26,10 +32,13 @@ import utils  # noqa: E402
 from model import load_model  # noqa: E402
 
 # -----------------------------------------------------------------------------
+TABLE = "recipe"  # "recipe" or "samplers"
 INPUT = "cifar10"  # "cifar10" (its test images), "samples", or a path; all images of one size
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-COUNT = 1000  # images of the table
-STUDY_COUNT = 200  # images of the two studies
+COUNT = 1000  # images of the recipe's table
+STUDY_COUNT = 200  # images of its two studies
+SAMPLERS_COUNT = 16  # images of the samplers' table
+DRAWS = 64  # draws an image of the samplers' table
 SIGMA = 0.1  # noise level, pixels in [0, 1]
 RECIPE = "checkpoints/cnn3_cifar10.pt"  # the recipe's network, trained at SIGMA
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network for all noise levels
@@ -115,24 +124,10 @@ def plot_step_sizes(path, curves, levels, count, o):
     utils.save_figure(path, figure)
 
 
-def main(o):
-    device = utils.pick_device(o.device)
-    bfloat16 = utils.pick_bfloat16(o.precision, device)
-    recipe, model = load_model(o.recipe, device, bfloat16), load_model(o.checkpoint, device, bfloat16)
-    for network, path in ((recipe, o.recipe), (model, o.checkpoint)):
-        if not network.sigma_min <= o.sigma <= network.sigma_max:
-            raise ValueError(
-                f"'{path}' was trained from {network.sigma_min:g} to {network.sigma_max:g}, not at --sigma {o.sigma:g}"
-            )
-    images = [image for _, image in utils.read_images(o.input, o.data_dir)[: o.count]]
-    x0, y = (
-        torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device)
-        for part in (images, utils.add_noise(images, o.sigma, o.seed))
-    )
-
-    precision = "bfloat16" if bfloat16 else "float32"
-    machine = f"{device} with {torch.get_num_threads()} threads"
-    print(f"{len(y)} images of {o.input}, sigma {o.sigma:g}, seed {o.seed}; {machine}, {precision}")
+def compare_recipe(model, y, x0, device, bfloat16, o):
+    """Print the table of the recipe and its successors, and draw the two studies."""
+    recipe = load_model(o.recipe, device, bfloat16)
+    check_level(recipe, o.recipe, o)
     print(f"{'':44}  {'PSNR dB':>14}  {'SSIM':>5}  {'calls':>5}  {'ms/image':>9}")
     measure("noisy", 0, lambda y, seeds: y, y, x0, o)
     for steps in (100, 200):
@@ -163,6 +158,128 @@ def main(o):
     plot_steps(Path("figures", "langevin_steps.png"), steps_curves, levels, len(y), o)
     plot_step_sizes(Path("figures", "langevin_step_size.png"), curves, levels, len(y), o)
     print("wrote 'figures/langevin_steps.png' and 'figures/langevin_step_size.png'")
+
+
+# -----------------------------------------------------------------------------
+# Are the draws posterior draws?
+# -----------------------------------------------------------------------------
+
+
+def gaussian_field(shape, seed, device):
+    """Return images (B, 3, H, W) of a Gaussian random field with a spectrum like that of photographs, and its denoiser."""
+    frequency = torch.hypot(torch.fft.fftfreq(shape[2])[:, None], torch.fft.fftfreq(shape[3])[None]).to(device)
+    power = 1 / (frequency**2 + 0.02**2)
+    power = 0.25**2 * power / power.mean()  # variance of each Fourier coefficient, of each pixel 0.25^2
+    white = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    x0 = 0.5 + torch.fft.ifft2(torch.fft.fft2(white) * power.sqrt()).real
+
+    def denoiser(x, sigma):
+        return 0.5 + torch.fft.ifft2(torch.fft.fft2(x - 0.5) * power / (power + sigma**2)).real
+
+    return x0, denoiser
+
+
+def draw(sampler, y, o):
+    """Return DRAWS draws for each image: (DRAWS, B, 3, H, W) on the CPU; every draw has its own seed."""
+    stack, per_batch = [], max(1, o.batch // len(y))
+    for first in range(0, o.draws, per_batch):
+        count = min(per_batch, o.draws - first)
+        seeds = [o.seed + first * len(y) + i for i in range(count * len(y))]
+        stack.append(sampler(y.repeat(count, 1, 1, 1), seeds).unflatten(0, (count, len(y))).cpu())
+    return torch.cat(stack)
+
+
+def certify(title, denoiser, y, x0, sigma_min, o):
+    """Print how the draws of each sampler compare with what holds for posterior draws; the first row says what that is."""
+    one_step = denoiser(y, o.sigma).cpu()
+    error = ((one_step - x0.cpu()) ** 2).mean().item()
+    few = max(1, o.draws // 4)
+    print(f"\n{title}: {len(y)} images, {o.draws} draws each; one step {utils.psnr(one_step, x0.cpu()).mean():.2f} dB")
+    widths = (18, 5, 9, 9, 9, 6, 6, 7, 7, 8, 8, 8)
+
+    def line(*cells):
+        return "  ".join(f"{c:{'<' if k == 0 else '>'}{w}}" for k, (c, w) in enumerate(zip(cells, widths)))
+
+    counted = ("one draw", f"mean {few}", f"mean {o.draws}")
+    print(line("", "", "error /", "error of", "one step", "cover", "", "y-draw", "", "PSNR dB", "", ""))
+    print(line("sampler", "calls", *counted, "50 %", "90 %", "std/s", "lag 1", *counted))
+    print(
+        line(
+            "(posterior draws)",
+            "",
+            "2.000",
+            f"{1 + 1 / few:.3f}",
+            f"{1 + 1 / o.draws:.3f}",
+            "0.500",
+            "0.900",
+            "1.000",
+            "0.000",
+            "",
+            "",
+            "",
+        )
+    )
+    grid = {"sigma_min": sigma_min}
+    rows = [
+        ("adams", 10, functools.partial(sde.adams, steps=10, **grid)),
+        ("adams", 20, functools.partial(sde.adams, steps=20, **grid)),
+        ("ddim, eta 1", 10, functools.partial(sde.ddim, steps=10, **grid)),
+        ("ddim, eta 1", 100, functools.partial(sde.ddim, steps=100, **grid)),
+        ("Euler-Maruyama", 100, functools.partial(sde.reverse_sde, steps=100, **grid)),
+        ("edm", 51, functools.partial(sde.edm, steps=26, **grid)),
+        ("pred.-corrector", 99, functools.partial(sde.predictor_corrector, steps=50, **grid)),
+        ("annealed Langevin", 101, functools.partial(sde.annealed_langevin, steps=25, **grid)),
+        ("plain Langevin", 100, functools.partial(sde.langevin, steps=100, step_size=o.step_size)),
+    ]
+    for label, calls, sampler in tqdm(rows, desc=title, leave=False):
+        draws = draw(lambda y, seeds, sampler=sampler: sampler(denoiser, y, o.sigma, generator=seeds), y, o)
+        truth, observed = x0.cpu(), y.cpu()
+        means = [draws, draws[:few].mean(0), draws.mean(0)]
+        ratios = [((mean - truth) ** 2).mean().item() / error for mean in means]
+        coverage = []
+        for share in (0.5, 0.9):
+            # Truth and n draws are exchangeable: n - 1 gaps between the draws hold the truth with probability 1 / (n + 1) each.
+            width = share * (o.draws + 1) / (o.draws - 1)
+            low, high = torch.quantile(draws, torch.tensor([0.5 - width / 2, 0.5 + width / 2]), dim=0)
+            coverage.append(((truth >= low) & (truth <= high)).double().mean().item())
+        noise = observed - draws
+        lag = (noise[..., 1:] * noise[..., :-1]).mean().item() / (noise**2).mean().item()
+        residual = [(noise**2).mean().sqrt().item() / o.sigma, lag]
+        psnr = [torch.stack([utils.psnr(one, truth).mean() for one in draws]).mean().item()]
+        psnr += [utils.psnr(mean, truth).mean().item() for mean in means[1:]]
+        cells = [f"{v:.3f}" for v in ratios + coverage + residual] + [f"{v:.2f}" for v in psnr]
+        tqdm.write(line(label, calls, *cells))
+
+
+def check_level(model, path, o):
+    low, high = model.sigma_min, model.sigma_max
+    if not low <= o.sigma <= high:
+        raise ValueError(f"'{path}' was trained from {low:g} to {high:g}, not at --sigma {o.sigma:g}")
+
+
+@torch.no_grad()
+def main(o):
+    if o.table not in ("recipe", "samplers"):
+        raise ValueError(f"--table must be recipe or samplers, not '{o.table}'")
+    device = utils.pick_device(o.device)
+    bfloat16 = utils.pick_bfloat16(o.precision, device)
+    model = load_model(o.checkpoint, device, bfloat16)
+    check_level(model, o.checkpoint, o)
+    count = o.count if o.table == "recipe" else o.samplers_count
+    images = [image for _, image in utils.read_images(o.input, o.data_dir)[:count]]
+    noisy = utils.add_noise(images, o.sigma, o.seed)
+    x0, y = (torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device) for part in (images, noisy))
+
+    precision = "bfloat16" if bfloat16 else "float32"
+    machine = f"{device} with {torch.get_num_threads()} threads"
+    print(f"{len(y)} images of {o.input}, sigma {o.sigma:g}, seed {o.seed}; {machine}, {precision}")
+    if o.table == "recipe":
+        compare_recipe(model, y, x0, device, bfloat16, o)
+    else:
+        certify("the network", model, y, x0, model.sigma_min, o)
+        x0, denoiser = gaussian_field(y.shape, o.seed, device)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(o.seed + 1)).to(device)
+        certify("Gaussian random field", denoiser, x0 + o.sigma * noise, x0, model.sigma_min, o)
 
 
 if __name__ == "__main__":
