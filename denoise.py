@@ -34,6 +34,7 @@ ADD_NOISE = False  # add noise to a path's images too, as is always done to "sam
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
 METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (between); see `samplers` for more
 STEPS = 20  # noise levels from sigma down to the lowest trained one
+TEXTURE = 1.0  # 1 follows the SDE to its end; less stops early, at sigma^(1 - TEXTURE) lowest^TEXTURE; 0 is "mmse"
 LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts from
 LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
 # run
@@ -88,7 +89,8 @@ def denoise(model, y, sigma, seeds, callback, o):
         calls += 1
         return tiled(model, x, s, o.batch_pixels)
 
-    options = {"steps": o.steps, "sigma_min": model.sigma_min, "generator": seeds}
+    stop = sigma * (model.sigma_min / sigma) ** o.texture
+    options = {"steps": o.steps, "sigma_min": stop, "generator": seeds}
     if o.method == "mmse":
         options = {}
     elif o.method == "langevin":
@@ -124,23 +126,24 @@ def batches(noisy, sigmas, pixels):
         yield from (indices[k : k + size] for k in range(0, len(indices), size))
 
 
-def watch(indices, count, bar):
+def watch(indices, x0, count, bar):
     """Return a sampler's callback, which moves the bar, and what it keeps of the batch of images with these indices.
 
-    frames: {index: [(sigma, state, estimate of x0) at every level]} of images below `count`, as thumbnails; and a list
-    with the first estimate of the batch, which is E[x0 | y].
+    frames: {index: [(sigma, state, estimate of x0) at every level]} of images below `count`, as thumbnails; curves: the
+    same for [step, sigma, PSNR of the state, of the estimate], the PSNR empty where x0 is None.
     """
-    frames, one_step = {i: [] for i in indices if i < count}, []
+    frames, curves = {i: [] for i in indices if i < count}, {i: [] for i in indices if i < count}
 
     def callback(step, x_t, estimate, sigma):
-        if step == 0:
-            one_step.append(estimate)
         for k, i in enumerate(indices):
             if i in frames:
                 frames[i].append((sigma, utils.thumbnail(x_t[k]), utils.thumbnail(estimate[k])))
+                pair = (x_t[k : k + 1], estimate[k : k + 1])
+                quality = ["", ""] if x0 is None else [f"{utils.psnr(x, x0[k : k + 1]).item():.4f}" for x in pair]
+                curves[i].append([step, f"{sigma:.6g}", *quality])
         bar.update(len(indices))
 
-    return callback, frames, one_step
+    return callback, frames, curves
 
 
 def main(o):
@@ -149,6 +152,8 @@ def main(o):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
     if o.sigma is not None and not o.sigma > 0:
         raise ValueError(f"--sigma must be positive, not {o.sigma}")
+    if not 0 <= o.texture <= 1:
+        raise ValueError(f"--texture must lie between 0 and 1, not {o.texture}")
     if o.method not in samplers:
         raise ValueError(f"--method must be one of {', '.join(samplers)}, not '{o.method}'")
     device = utils.pick_device(o.device)
@@ -176,14 +181,17 @@ def main(o):
     bar = tqdm(total=len(images) * levels, desc=o.method, unit="step", leave=False)
     for indices in batches(noisy, sigmas, o.batch_pixels):
         y, x0 = (to_tensor([stack[i] for i in indices], device) for stack in (noisy, images))
-        callback, frames, one_step = watch(indices, o.shown, bar)
+        callback, frames, curves = watch(indices, x0 if added else None, o.shown, bar)
+        start = time.perf_counter()
+        one_step = tiled(model, y, sigmas[indices[0]], o.batch_pixels).cpu()  # waits for the GPU
+        one_step_seconds = (time.perf_counter() - start) / len(indices)
         start = time.perf_counter()
         result, calls = denoise(model, y, sigmas[indices[0]], [o.seed + i for i in indices], callback, o)
-        result = result.cpu()  # waits for the GPU
+        result = result.cpu()
         seconds = (time.perf_counter() - start) / len(indices)
 
-        x0, y, one_step = x0.cpu(), y.cpu(), one_step[0].cpu()
-        steps = {"noisy": (y, 0, 0.0), "mmse": (one_step, 1, seconds / calls), o.method: (result, calls, seconds)}
+        x0, y = x0.cpu(), y.cpu()
+        steps = {"noisy": (y, 0, 0.0), "mmse": (one_step, 1, one_step_seconds), o.method: (result, calls, seconds)}
         for method, (batch, calls, seconds) in steps.items():
             quality = zip(utils.psnr(batch, x0).tolist(), utils.ssim(batch, x0)) if added else [(None, None)] * len(indices)
             for i, (psnr, ssim) in zip(indices, quality):
@@ -193,6 +201,8 @@ def main(o):
             if i in frames:
                 noisy_i, estimate, final, clean = (utils.thumbnail(batch[k]) for batch in (y, one_step, result, x0))
                 shown[i] = noisy_i, frames[i], estimate, final, clean
+                header = ["step", "sigma", "psnr_state", "psnr_estimate"]
+                utils.save_csv(Path(o.output, f"{names[i]}_{o.method}.csv"), [header, *curves[i]])
     bar.close()
 
     print_table(names, sigmas, rows)

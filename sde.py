@@ -303,12 +303,23 @@ def edm(denoiser, y, sigma, steps=50, churn=1.0, sigma_min=0.01, rho=7.0, genera
 
 
 def predictor_corrector(
-    denoiser, y, sigma, steps=50, corrections=1, delta=0.1, sigma_min=0.01, rho=7.0, generator=None, callback=None
+    denoiser,
+    y,
+    sigma,
+    steps=50,
+    corrections=1,
+    delta=0.1,
+    observe=True,
+    sigma_min=0.01,
+    rho=7.0,
+    generator=None,
+    callback=None,
 ):
     """Follow each ancestral step by Langevin corrections (Song et al. 2021, algorithm 1) that keep the observation.
 
-    A corrector with the score alone would walk away from y: it samples p_sigma. This one samples p(x_sigma | y); see
-    `annealed_langevin` for its update. One network call a step, and `corrections` more at every level but the first.
+    The published corrector, `observe` False, uses the score alone: it samples p_sigma, and forgets y the more it
+    corrects. With `observe` it samples p(x_s | y); see `annealed_langevin` for its update. One network call a step, and
+    `corrections` more at every level but the first.
     """
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
     levels = levels[:1] + [s for s in levels[1:] for _ in range(1 + corrections)]
@@ -319,7 +330,7 @@ def predictor_corrector(
             return denoised
         t, s = levels[i], levels[i + 1]
         if s == t:
-            return _correct(x, denoised, y, t, sigma, delta, draw)
+            return _correct(x, denoised, y if observe else None, t, sigma, delta, draw)
         return denoised + (s / t) ** 2 * (x - denoised) + s * math.sqrt(1 - (s / t) ** 2) * draw()
 
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
@@ -333,8 +344,10 @@ def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_
     whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n. e is delta times the variance that a flat
     likelihood leaves. Right in the limit of small delta and many repeats. `repeats` network calls a step.
     """
-    levels = noise_levels(sigma, sigma_min, steps + 1, rho).tolist()[-steps:]
-    levels = [s for s in levels for _ in range(repeats)] + levels[-1:]
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    below = noise_levels(sigma, sigma_min, steps + 1, rho).tolist()[1:]
+    levels = [s for s in below for _ in range(repeats)] + (below[-1:] or [sigma])
     draw = _noise_source(y, generator)
 
     def update(i, x, denoised):
@@ -344,9 +357,11 @@ def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_
 
 
 def _correct(x, denoised, y, s, sigma, delta, draw):
-    """One Langevin update at level s towards p(x_s | y)."""
-    size = delta * s**2 * (1 - s**2 / sigma**2)
-    return x + size * ((denoised - x) / s**2 + (y - x) / (sigma**2 - s**2)) + math.sqrt(2 * size) * draw()
+    """One Langevin update at level s towards p(x_s | y), or towards p_s where y is None."""
+    size, score = delta * s**2, (denoised - x) / s**2
+    if y is not None:
+        size, score = size * (1 - s**2 / sigma**2), score + (y - x) / (sigma**2 - s**2)
+    return x + size * score + math.sqrt(2 * size) * draw()
 
 
 def _run(denoiser, x, alpha, levels, update, callback):

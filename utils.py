@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import os
 import re
 import sys
@@ -310,6 +311,12 @@ def save_image(path, x):
     """Write a (3, H, W) image in [0, 1], clipped and rounded, as 8-bit PNG."""
     with replacing(path) as temporary:
         Image.fromarray(_to_uint8(x.permute(1, 2, 0).cpu().numpy())).save(temporary, "PNG")
+
+
+def save_csv(path, rows):
+    """Write rows of values as comma-separated text."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 def save_figure(path, figure):

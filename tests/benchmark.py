@@ -11,7 +11,9 @@ reverse-time SDE, on the same noisy images; then it draws two studies of the rec
 "samplers" holds the draws against what is true of any draw from p(x0 | y): its squared error is twice that of the one-step
 estimate, the mean of n draws has 1 + 1/n times that error, the truth lies in a 50 % interval of the draws half of the
 time, and y minus the draw is white with standard deviation sigma. It does so for the network, and again for a Gaussian
-random field, whose denoiser is exact: what misses there is the sampler's fault, what misses only above the network's.
+random field, whose denoiser is exact: what misses there is the sampler's fault, what misses only above the network's. Two
+figures follow: what forgets y as its updates grow in number (figures/forgetting.png), and what texture costs
+(figures/dial.png).
 """
 
 import functools
@@ -251,6 +253,71 @@ def certify(title, denoiser, y, x0, sigma_min, o):
         tqdm.write(line(label, calls, *cells))
 
 
+def study_forgetting(path, model, y, x0, o):
+    """Draw the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
+    error = ((model(y, o.sigma) - x0) ** 2).mean()
+    ratio = lambda x: (((x - x0) ** 2).mean() / error).item()  # noqa: E731
+    common = {"sigma": o.sigma, "steps": 20, "sigma_min": model.sigma_min, "generator": range(o.seed, o.seed + len(y))}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+
+    plain = []
+    options = {"steps": o.study_steps, "step_size": o.step_size, "generator": common["generator"]}
+    sde.langevin(model, y, o.sigma, callback=lambda step, x_t, *_: plain.append(ratio(x_t)), **options)
+    axes.plot(plain, color="tab:red", linestyle="--", label="plain Langevin (the recipe)")
+    repeats = (1, 2, 4, 8, 16)
+    for label, style, observe in (("naive", "r.-", False), ("exact", "b.-", True)):
+        results = [sde.predictor_corrector(model, y, corrections=c, observe=observe, **common) for c in (0, *repeats)]
+        axes.plot([20 + 19 * c for c in (0, *repeats)], [ratio(x) for x in results], style, label=f"{label} predictor-corrector")
+    results = [sde.annealed_langevin(model, y, repeats=c, **common) for c in repeats]
+    axes.plot([20 * c + 1 for c in repeats], [ratio(x) for x in results], "g.-", label="annealed Langevin with the pull of y")
+    axes.axhline(2, color="black", linewidth=1, linestyle=":", label="a draw from the posterior")
+    axes.axhline(1, color="black", linewidth=1, label="one step")
+    axes.set(
+        xlabel="network calls", ylabel="squared error / that of one step", yscale="log", xlim=(0, o.study_steps), ylim=(0.9, None)
+    )
+    axes.set_yticks([1, 2, 3, 4, 6, 8], [1, 2, 3, 4, 6, 8])
+    axes.set_title(f"What forgets the observation and what keeps it ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    utils.save_figure(path, figure)
+
+
+def study_dial(path, model, y, x0, o):
+    """Draw high-frequency power, against that of the clean images, over the squared error: the price of texture."""
+    frequency = torch.hypot(torch.fft.fftfreq(y.shape[2])[:, None], torch.fft.fftfreq(y.shape[3])[None]).to(y.device)
+    power = lambda x: (torch.fft.fft2(x - 0.5).abs() ** 2 * (frequency > 0.25)).sum().item()  # noqa: E731
+    one_step = model(y, o.sigma)
+    error, clean = ((one_step - x0) ** 2).mean(), power(x0)
+    place = lambda x: (((x - x0) ** 2).mean().item() / error.item(), power(x) / clean)  # noqa: E731
+
+    stopped = []
+    for texture in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        stop = o.sigma * (model.sigma_min / o.sigma) ** texture
+        seeds = range(o.seed, o.seed + len(y))
+        stopped.append((f"{texture:g}", place(sde.adams(model, y, o.sigma, o.sde_steps, sigma_min=stop, generator=seeds))))
+    run = functools.partial(sde.adams, model, sigma=o.sigma, steps=o.sde_steps, sigma_min=model.sigma_min)
+    draws = draw(lambda y, seeds: run(y=y, generator=seeds), y, o).to(y.device)
+    averaged = [(str(n), place(draws[:n].mean(0))) for n in (1, 2, 4, 8, 16, 32, 64) if n <= o.draws]
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for points, label, side in (
+        (stopped, "SDE stopped early, at this texture", (6, -10)),
+        (averaged, "mean of so many draws", (-6, 6)),
+    ):
+        axes.plot(*zip(*[xy for _, xy in points]), marker="o", label=label)
+        for text, xy in points:
+            axes.annotate(text, xy, side, textcoords="offset points", ha="center", fontsize=8)
+    axes.plot(*place(run(y=y, eta=0.0)), "k^", label="probability-flow ODE")
+    axes.axhline(1, color="black", linewidth=1, linestyle=":", label="clean images")
+    axes.set(xlabel="squared error / that of one step", ylabel="power above half the Nyquist frequency / that of clean images")
+    axes.set_title(f"From least error to natural texture ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    utils.save_figure(path, figure)
+
+
 def check_level(model, path, o):
     low, high = model.sigma_min, model.sigma_max
     if not low <= o.sigma <= high:
@@ -259,6 +326,8 @@ def check_level(model, path, o):
 
 @torch.no_grad()
 def main(o):
+    if o.draws < 20:
+        raise ValueError(f"--draws {o.draws} are too few for an interval that holds the truth with 90 %: at least 20")
     if o.table not in ("recipe", "samplers"):
         raise ValueError(f"--table must be recipe or samplers, not '{o.table}'")
     device = utils.pick_device(o.device)
@@ -277,9 +346,12 @@ def main(o):
         compare_recipe(model, y, x0, device, bfloat16, o)
     else:
         certify("the network", model, y, x0, model.sigma_min, o)
+        study_forgetting(Path("figures", "forgetting.png"), model, y, x0, o)
+        study_dial(Path("figures", "dial.png"), model, y, x0, o)
         x0, denoiser = gaussian_field(y.shape, o.seed, device)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(o.seed + 1)).to(device)
         certify("Gaussian random field", denoiser, x0 + o.sigma * noise, x0, model.sigma_min, o)
+        print("\nwrote 'figures/forgetting.png' and 'figures/dial.png'")
 
 
 if __name__ == "__main__":

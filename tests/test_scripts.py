@@ -1,5 +1,6 @@
 """Each script as a user calls it: small, in a subprocess, in an empty folder."""
 
+import csv
 import runpy
 import signal
 import subprocess
@@ -189,6 +190,14 @@ def test_each_method_is_its_sampler_and_shows_what_it_did(trained, tmp_path, met
     assert Image.open(tmp_path / "output" / f"samples_{method}_frames.jpg").width > 300
     assert Image.open(tmp_path / "output" / f"samples_{method}_frames.gif").n_frames == {"mmse": 2, "annealed": 18}.get(method, 5)
     assert method in err  # the progress bar
+    with open(tmp_path / "output" / f"chelsea_{method}.csv", encoding="utf-8") as file:
+        curve = list(csv.DictReader(file))
+    quality = [utils.psnr(x[1:2], x0[1:2]).item() for x in (y, sde.tweedie(load_model(checkpoint), y, 0.1))]
+    assert [row["step"] for row in curve] == [str(k) for k in range({"heun": 4}.get(method, calls))]
+    if method != "annealed":  # which starts below sigma
+        assert np.allclose([float(curve[0]["psnr_state"]), float(curve[0]["psnr_estimate"])], quality, atol=0.01)
+        assert float(curve[0]["sigma"]) == 0.1
+    assert float(curve[-1]["sigma"]) == (0.1 if method in ("mmse", "langevin") else 0.01)
 
 
 def test_a_large_picture_in_tiles_is_the_picture_in_one_piece(trained):
@@ -262,6 +271,7 @@ def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it(trained, tmp
         ("--sigma nan", ["nan"]),
         ("--method magic", ["magic"]),
         ("--steps 0", ["--steps"]),
+        ("--texture 2", ["--texture"]),
         ("--sigmas 0.1", ["--sigmas"]),
         ("--precision half", ["half"]),
     ],
@@ -302,3 +312,15 @@ def test_the_benchmark_prints_its_table_and_draws_the_two_studies(trained, tmp_p
     assert len(rows) == 7 and 19 < float(rows[0].split()[1]) < 22  # the noisy images: 20 dB and what clipping gains
     for name in ("langevin_steps.png", "langevin_step_size.png"):
         assert Image.open(tmp_path / "figures" / name).width > 500
+
+
+def test_the_certification_prints_a_row_for_each_sampler(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "score.pt"
+    options = "--table samplers --samplers-count 2 --draws 20 --study-steps 4 --device cpu"
+    out, _ = run(tmp_path, "tests/benchmark.py", f"--input {trained / 'patches.npy'} --checkpoint {checkpoint} {options}")
+    network, field = out.split("Gaussian random field")
+    for name in ("adams", "ddim", "Euler-Maruyama", "edm", "pred.-corrector", "annealed Langevin", "plain Langevin"):
+        assert f"\n{name}" in network and f"\n{name}" in field
+    (row,) = [line.split() for line in field.splitlines() if line.startswith("adams   ") and line.split()[1] == "20"]
+    assert abs(float(row[2]) - 2) < 0.25  # 2 images of 3,072 pixels, 20 draws: some 4 standard errors
+    assert (tmp_path / "figures" / "forgetting.png").exists() and (tmp_path / "figures" / "dial.png").exists()

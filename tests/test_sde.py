@@ -17,6 +17,7 @@ from sde import VE, VP, CosineVP, SubVP
 
 MU, C, SIGMA = 0.4, 0.3, 0.5
 SDES = [VE(), VP(), SubVP(), CosineVP()]
+POSTERIOR_SAMPLERS = [sde.reverse_sde, sde.ddim, sde.adams, sde.edm, sde.predictor_corrector, sde.annealed_langevin]
 
 
 def gaussian_denoiser(x, sigma):
@@ -199,6 +200,27 @@ def test_only_the_churn_of_the_reverse_sde_keeps_the_observation(monkeypatch):
     assert means[0.5] > mean + 0.1 * std and means[2.0] < mean - 0.1 * std
 
 
+def test_only_a_corrector_that_observes_keeps_the_observation(monkeypatch):
+    mean, std = posterior(1.3)
+    means = {}
+    for observe in (True, False):
+        for corrections in (1, 8):
+            options = {"steps": 40, "corrections": corrections, "delta": 0.1, "observe": observe, "sigma_min": 1e-3}
+            draws = 39 * (1 + corrections)
+            means[observe, corrections], _ = exact_mean_and_std(monkeypatch, sde.predictor_corrector, 1.3, draws, **options)
+    assert abs(means[True, 1] - mean) < 1e-6 * std and abs(means[True, 8] - mean) < 1e-6 * std
+    assert MU < means[False, 8] < means[False, 1] < mean and means[False, 8] - MU < 0.5 * (mean - MU)
+
+
+@pytest.mark.parametrize("stop", [0.3, 0.1, 0.03])
+def test_an_sde_stopped_early_lies_between_the_mean_and_a_draw(monkeypatch, stop):
+    # D(x_s, s) is E[x0 | x_s]: its variance given y is what x_s knows of x0 beyond y, Var[x0 | y] - Var[x0 | x_s].
+    mean, std = posterior(1.3)
+    m, s = exact_mean_and_std(monkeypatch, sde.adams, 1.3, 99, steps=100, sigma_min=stop)
+    assert abs(m - mean) < 1e-6 * std
+    assert abs(s**2 / (std**2 - C**2 * stop**2 / (C**2 + stop**2)) - 1) < 0.01
+
+
 def test_draws_fall_into_the_modes_of_a_mixture_with_the_posterior_weights():
     # x0 is a or b with scatter C: the weights of the posterior given y are known, and 4 standard errors are allowed.
     modes, scatter, y, n = torch.tensor([0.2, 0.8], dtype=torch.float64), 0.05, 0.45, 4000
@@ -246,7 +268,7 @@ def test_langevin_at_temperature_one_samples_p_sigma(monkeypatch):
     assert errors[-1] < 0.02 * (C**2 + SIGMA**2) and abs(order_of(errors) - 1) < 0.1
 
 
-@pytest.mark.parametrize("sampler", [sde.reverse_sde, sde.langevin])
+@pytest.mark.parametrize("sampler", [*POSTERIOR_SAMPLERS, sde.langevin])
 def test_one_seed_per_image_makes_a_draw_independent_of_its_batch(sampler):
     y = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     together = sampler(gaussian_denoiser, y, SIGMA, steps=5, generator=[7, 8, 9])
@@ -282,13 +304,15 @@ def test_the_callback_sees_the_state_and_its_estimate_at_every_level(sampler, ca
     assert torch.equal(result, seen[-1][2])
 
 
-@pytest.mark.parametrize("sampler", [sde.reverse_sde, sde.probability_flow_ode])
-def test_one_step_is_the_posterior_mean(sampler):
+@pytest.mark.parametrize("sampler", [*POSTERIOR_SAMPLERS, sde.probability_flow_ode])
+def test_with_no_level_between_the_image_and_the_lowest_they_give_the_posterior_mean(sampler):
     y = torch.rand(2, 3, 4, 4)
-    torch.testing.assert_close(sampler(gaussian_denoiser, y, SIGMA, steps=1), posterior(y)[0])
+    torch.testing.assert_close(sampler(gaussian_denoiser, y, SIGMA, sigma_min=SIGMA), posterior(y)[0])
+    if sampler is not sde.annealed_langevin:  # whose updates lie below sigma
+        torch.testing.assert_close(sampler(gaussian_denoiser, y, SIGMA, steps=1), posterior(y)[0])
 
 
-@pytest.mark.parametrize("sampler", [sde.reverse_sde, sde.probability_flow_ode, sde.langevin])
+@pytest.mark.parametrize("sampler", [*POSTERIOR_SAMPLERS, sde.probability_flow_ode, sde.langevin])
 @pytest.mark.parametrize("wrong", [{"sigma": 0.0}, {"sigma": -0.1}, {"sigma": math.nan}, {"steps": 0}])
 def test_impossible_arguments_are_refused(sampler, wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
