@@ -176,7 +176,7 @@ def main(o):
     )
 
     rows = [None] * len(images)  # {method: (PSNR, SSIM, network calls, seconds)}
-    shown = {}  # of the first images: (noisy, [(sigma, state, estimate of x0) at every level], result, clean), as thumbnails
+    shown = {}  # of the first images: (sigma, noisy, [(sigma, state, estimate of x0) at every level], result, clean), as thumbnails
     levels = {"mmse": 1, "langevin": o.langevin_steps, "pc": 2 * o.steps - 1, "annealed": 4 * o.steps + 1}.get(o.method, o.steps)
     bar = tqdm(total=len(images) * levels, desc=o.method, unit="step", leave=False)
     for indices in batches(noisy, sigmas, o.batch_pixels):
@@ -200,7 +200,7 @@ def main(o):
             utils.save_image(Path(o.output, f"{names[i]}_{o.method}.png"), result[k])
             if i in frames:
                 noisy_i, estimate, final, clean = (utils.thumbnail(batch[k]) for batch in (y, one_step, result, x0))
-                shown[i] = noisy_i, frames[i], estimate, final, clean
+                shown[i] = sigmas[i], noisy_i, frames[i], estimate, final, clean
                 header = ["step", "sigma", "psnr_state", "psnr_estimate"]
                 utils.save_csv(Path(o.output, f"{names[i]}_{o.method}.csv"), [header, *curves[i]])
     bar.close()
@@ -232,9 +232,9 @@ def print_table(names, sigmas, rows):
 def draw(shown, rows, added, o):
     """Write the figure (noisy, states on the way, one step, result, clean) and the animation (states and estimates)."""
     grid = []
-    for (noisy, frames, one_step, result, clean), row in zip(shown, rows):
+    for (sigma, noisy, frames, one_step, result, clean), row in zip(shown, rows):
         scores = {method: "" if psnr is None else f"{psnr:.2f} dB" for method, (psnr, *_) in row.items()}
-        columns = [("noisy", noisy, f"$\\sigma$ = {frames[0][0]:.3g}")]
+        columns = [("noisy", noisy, f"$\\sigma$ = {sigma:.3g}")]
         if o.method != "mmse":
             for k in range(1, o.frames + 1):
                 step = round(k * (len(frames) - 1) / (o.frames + 1))
@@ -244,7 +244,7 @@ def draw(shown, rows, added, o):
         grid.append(columns + ([("clean", clean, "")] if added else []))
     path = Path(o.output, f"{Path(o.input).stem}_{o.method}_frames.jpg")
     utils.plot_grid(path, grid)
-    utils.save_animation(path.with_suffix(".gif"), [[*frames, (0.0, result, result)] for _, frames, _, result, _ in shown])
+    utils.save_animation(path.with_suffix(".gif"), [[*frames, (0.0, result, result)] for _, _, frames, _, result, _ in shown])
     print(f"wrote '{path}' and '{path.with_suffix('.gif')}'")
 
 

@@ -146,7 +146,7 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
 
 def tweedie(denoiser, y, sigma, callback=None):
     """Return E[x0 | y] = y + sigma^2 score(y, sigma), the estimate of least mean squared error, in one network call."""
-    return _run(denoiser, y, [1.0], [sigma], lambda i, x, denoised: denoised, callback)
+    return _run(denoiser, y, [1.0], [sigma], None, callback)
 
 
 def reverse_sde(denoiser, y, sigma, steps=100, sde=None, sigma_min=0.01, rho=7.0, generator=None, callback=None):
@@ -161,8 +161,6 @@ def reverse_sde(denoiser, y, sigma, steps=100, sde=None, sigma_min=0.01, rho=7.0
     draw = _noise_source(y, generator)
 
     def update(i, x, denoised):
-        if i + 1 == len(t):
-            return denoised
         dt = t[i] - t[i + 1]
         drift = f[i] * x - g[i] ** 2 * _score(x, denoised, alpha[i], levels[i])
         return x - drift * dt + g[i] * math.sqrt(dt) * draw()
@@ -185,8 +183,6 @@ def probability_flow_ode(denoiser, y, sigma, steps=10, sde=None, sigma_min=0.01,
         return f[i] * x - g[i] ** 2 * _score(x, denoised, alpha[i], levels[i]) / 2
 
     def update(i, x, denoised):
-        if i + 1 == len(t):
-            return denoised
         dt = t[i] - t[i + 1]
         first = slope(i, x, denoised)
         euler = x - first * dt
@@ -209,8 +205,6 @@ def ddim(denoiser, y, sigma, steps=100, eta=1.0, sigma_min=0.01, rho=7.0, genera
     draw = _noise_source(y, generator)
 
     def update(i, x, denoised):
-        if i + 1 == len(levels):
-            return denoised
         t, s = levels[i], levels[i + 1]
         fresh = eta * s * math.sqrt(1 - (s / t) ** 2)
         x = denoised + math.sqrt(s**2 - fresh**2) / t * (x - denoised)
@@ -229,7 +223,8 @@ def adams(denoiser, y, sigma, steps=10, eta=1.0, sigma_min=0.01, rho=7.0, genera
         x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,  b = 1 - (1 - e^(-k h)) / (k h).
 
     The predictor extrapolates D_s from the last two estimates; the corrector puts in the estimate at the predicted
-    point, made with the same z, which is what carries the noise to second order. One network call a step.
+    point, made with the same z, which is what carries the noise to second order. One network call a step. As with
+    ddim, what lies between eta 0 and 1 is no draw from p(x0 | y).
     """
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
     draw, k = _noise_source(y, generator), 1 + eta**2
@@ -240,8 +235,6 @@ def adams(denoiser, y, sigma, steps=10, eta=1.0, sigma_min=0.01, rho=7.0, genera
         if last:
             rest, a, b, before, h_before = last
             x = rest + a * before + b * denoised  # the corrector of the step that led here
-        if i + 1 == len(levels):
-            return denoised
         t, s = levels[i], levels[i + 1]
         h = math.log(t / s)
         b = 1 + math.expm1(-k * h) / (k * h)
@@ -272,7 +265,7 @@ def langevin(denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, ge
     def update(i, x, denoised):
         return x + step_size * _score(x, denoised, 1.0, sigma) + noise * draw()
 
-    return _run(denoiser, y, [1.0] * steps, [sigma] * steps, update, callback)
+    return _run(denoiser, y, [1.0] * steps, [sigma] * steps, update, callback, to_the_end=False)
 
 
 def edm(denoiser, y, sigma, steps=50, churn=1.0, sigma_min=0.01, rho=7.0, generator=None, callback=None):
@@ -291,8 +284,6 @@ def edm(denoiser, y, sigma, steps=50, churn=1.0, sigma_min=0.01, rho=7.0, genera
         return x + math.sqrt(raised[i] ** 2 - levels[i] ** 2) * draw() if raised[i] > levels[i] else x
 
     def update(i, x, denoised):
-        if i + 1 == len(levels):
-            return denoised
         t, s = raised[i], levels[i + 1]
         first = (x - denoised) / t
         euler = x + (s - t) * first
@@ -326,8 +317,6 @@ def predictor_corrector(
     draw = _noise_source(y, generator)
 
     def update(i, x, denoised):
-        if i + 1 == len(levels):
-            return denoised
         t, s = levels[i], levels[i + 1]
         if s == t:
             return _correct(x, denoised, y if observe else None, t, sigma, delta, draw)
@@ -341,8 +330,8 @@ def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_
 
         x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt(2 e) z,  e = delta s^2 (1 - s^2 / sigma^2),
 
-    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n. e is delta times the variance that a flat
-    likelihood leaves. Right in the limit of small delta and many repeats. `repeats` network calls a step.
+    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n. e is delta times Var[x_s | x0, y]. Right in
+    the limit of small delta and many steps and repeats. `repeats` network calls a step.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -351,7 +340,7 @@ def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_
     draw = _noise_source(y, generator)
 
     def update(i, x, denoised):
-        return denoised if i + 1 == len(levels) else _correct(x, denoised, y, levels[i], sigma, delta, draw)
+        return _correct(x, denoised, y, levels[i], sigma, delta, draw)
 
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 
@@ -364,13 +353,18 @@ def _correct(x, denoised, y, s, sigma, delta, draw):
     return x + size * score + math.sqrt(2 * size) * draw()
 
 
-def _run(denoiser, x, alpha, levels, update, callback):
-    """The loop of every sampler: estimate x0 from the state x_t = alpha (x0 + sigma n), report it, move on."""
+def _run(denoiser, x, alpha, levels, update, callback, to_the_end=True):
+    """The loop of every sampler: estimate x0 from the state x_t = alpha (x0 + sigma n), report it, move on.
+
+    To the end means that at the last level nothing is left to do but to return the estimate.
+    """
     for i, sigma in enumerate(levels):
         scaled = x / alpha[i]
         denoised = denoiser(scaled, sigma)
         if callback:
             callback(i, scaled, denoised, sigma)
+        if to_the_end and i + 1 == len(levels):
+            return denoised
         x = update(i, x, denoised)
     return x
 
