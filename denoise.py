@@ -176,7 +176,7 @@ def main(o):
     )
 
     rows = [None] * len(images)  # {method: (PSNR, SSIM, network calls, seconds)}
-    shown = {}  # of the first images: (sigma, noisy, [(sigma, state, estimate of x0) at every level], result, clean), as thumbnails
+    shown = {}  # of the first images, as thumbnails: (sigma, noisy, frames of `watch`, one step, result, clean)
     levels = {"mmse": 1, "langevin": o.langevin_steps, "pc": 2 * o.steps - 1, "annealed": 4 * o.steps + 1}.get(o.method, o.steps)
     bar = tqdm(total=len(images) * levels, desc=o.method, unit="step", leave=False)
     for indices in batches(noisy, sigmas, o.batch_pixels):
