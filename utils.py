@@ -338,7 +338,8 @@ def plot_training(path, history, images_per_step):
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(np.array(history["steps"]) * images_per_step / 1e6, history["loss"], color="black", linewidth=0.8)
-    left.set(title="training loss", ylabel="weighted denoising error")
+    left.set(title="training loss", ylabel="weighted denoising error", yscale="log")
+    left.yaxis.set_minor_formatter("{x:.1g}")
     curves = np.array(history["psnr"])
     for sigma, curve in zip(history["sigmas"], curves.T):
         label = f"$\\sigma$ = {sigma:g}: {curve[-1]:.2f} dB"
