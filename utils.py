@@ -322,7 +322,7 @@ def save_csv(path, rows):
 def save_figure(path, figure):
     """Write a matplotlib figure, whole or not at all."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, pil_kwargs={"quality": 92, "subsampling": 0} if Path(path).suffix == ".jpg" else {})
+        figure.savefig(temporary, dpi=100, pil_kwargs={"quality": 85, "subsampling": 0} if Path(path).suffix == ".jpg" else {})
 
 
 # -----------------------------------------------------------------------------
