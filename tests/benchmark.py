@@ -311,7 +311,7 @@ def study_dial(path, model, y, x0, o):
             axes.annotate(text, xy, side, textcoords="offset points", ha="center", fontsize=8)
     axes.plot(*place(run(y=y, eta=0.0)), "k^", label="probability-flow ODE")
     axes.axhline(1, color="black", linewidth=1, linestyle=":", label="clean images")
-    axes.set(xlabel="squared error / that of one step", ylabel="power above half the Nyquist frequency / that of clean images")
+    axes.set(xlabel="squared error / that of one step", ylabel="high-frequency power / that of clean images")
     axes.set_title(f"From least error to natural texture ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
