@@ -146,7 +146,7 @@ def compare_recipe(model, y, x0, device, bfloat16, o):
     measure("U-Net, one step", 1, lambda y, seeds: model(y, o.sigma), y, x0, o)
 
     y, x0 = y[: o.study_count], x0[: o.study_count]
-    levels = {"the same network in one step": recipe, "the U-Net in one step": model}
+    levels = {"three layers in one step": recipe, "U-Net in one step": model}
     levels = {label: utils.psnr(network(y, o.sigma), x0).mean().item() for label, network in levels.items()}
     curves = {size: langevin_curve(recipe, y, x0, o, size) for size in sorted({o.step_size, *o.step_sizes})}
     print(f"\nstep size, best PSNR, after how many of {o.study_steps} updates ({len(y)} images)")
