@@ -308,9 +308,9 @@ def predictor_corrector(
 ):
     """Follow each ancestral step by Langevin corrections (Song et al. 2021, algorithm 1) that keep the observation.
 
-    The published corrector, `observe` False, uses the score alone: it samples p_sigma, and forgets y the more it
-    corrects. With `observe` it samples p(x_s | y); see `annealed_langevin` for its update. One network call a step, and
-    `corrections` more at every level but the first.
+    The published corrector, `observe` False, uses the score alone: it samples p_sigma, and forgets y the more it corrects.
+    With `observe` it samples p(x_s | y). The update and its noise are those of `annealed_langevin`. One network call a
+    step, and `corrections` more at every level but the first.
     """
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
     levels = levels[:1] + [s for s in levels[1:] for _ in range(1 + corrections)]
@@ -328,10 +328,12 @@ def predictor_corrector(
 def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_min=0.01, rho=7.0, generator=None, callback=None):
     """Anneal Langevin updates from y down to sigma_min, with the pull of the observation (Kawar et al. 2021, algorithm 1):
 
-        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt(2 e) z,  e = delta s^2 (1 - s^2 / sigma^2),
+        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt((2 - delta) e) z,  e = delta s^2 (1 - s^2 / sigma^2),
 
-    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n. e is delta times Var[x_s | x0, y]. Right in
-    the limit of small delta and many steps and repeats. `repeats` network calls a step.
+    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n. e is delta times Var[x_s | x0, y], and
+    2 - delta in place of Langevin's 2 gives x_s this variance around x0 for any delta, not in the limit alone: the
+    network would read excess noise as picture. (Where the prior is wide, the variance is low by a factor 1 - delta / 2
+    instead.) Right in the limit of small delta and many steps and repeats. `repeats` network calls a step.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -347,10 +349,12 @@ def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_
 
 def _correct(x, denoised, y, s, sigma, delta, draw):
     """One Langevin update at level s towards p(x_s | y), or towards p_s where y is None."""
+    if not 0 < delta < 2:
+        raise ValueError(f"delta must lie between 0 and 2, not {delta}")
     size, score = delta * s**2, (denoised - x) / s**2
     if y is not None:
         size, score = size * (1 - s**2 / sigma**2), score + (y - x) / (sigma**2 - s**2)
-    return x + size * score + math.sqrt(2 * size) * draw()
+    return x + size * score + math.sqrt((2 - delta) * size) * draw()
 
 
 def _run(denoiser, x, alpha, levels, update, callback, to_the_end=True):
@@ -359,7 +363,7 @@ def _run(denoiser, x, alpha, levels, update, callback, to_the_end=True):
     To the end means that at the last level nothing is left to do but to return the estimate.
     """
     for i, sigma in enumerate(levels):
-        scaled = x / alpha[i]
+        scaled = x if alpha[i] == 1 else x / alpha[i]
         denoised = denoiser(scaled, sigma)
         if callback:
             callback(i, scaled, denoised, sigma)

@@ -248,6 +248,20 @@ def test_draws_fall_into_the_modes_of_a_mixture_with_the_posterior_weights():
             assert abs(near.mean().item() - conditional.item()) < 0.3 * scatter, sampler.__name__
 
 
+@pytest.mark.parametrize("delta", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("observe", [True, False])
+def test_a_correction_keeps_the_variance_of_the_state_around_a_known_image(delta, observe):
+    # With x0 = MU known, x_s given y has mean MU + (s / SIGMA)^2 (y - MU) and variance s^2 (1 - s^2 / SIGMA^2).
+    s, y, known = 0.2, 1.3 if observe else None, torch.tensor(MU, dtype=torch.float64)
+    mean, variance = (MU + (s / SIGMA) ** 2 * (1.3 - MU), s**2 * (1 - (s / SIGMA) ** 2)) if observe else (MU, s**2)
+    step = lambda x, z: sde._correct(torch.tensor(x, dtype=torch.float64), known, y, s, SIGMA, delta, lambda: z).item()  # noqa: E731
+    assert abs(step(mean, 0.0) - mean) < 1e-12
+    shrink, noise = step(mean + 1, 0.0) - mean, step(mean, 1.0) - mean
+    assert abs(shrink**2 * variance + noise**2 - variance) < 1e-12
+    with pytest.raises(ValueError, match="2.5"):
+        sde._correct(known, known, y, s, SIGMA, 2.5, lambda: 0.0)
+
+
 def test_langevin_follows_its_recursion_and_forgets_the_observation(monkeypatch):
     # x - MU shrinks by a = 1 - step_size / (C^2 + SIGMA^2) an update; the noise adds up as a geometric sum.
     step_size, steps = 0.02, 300
