@@ -61,7 +61,7 @@ samplers = {
 }
 
 
-def tiled(model, x, sigma, pixels, halo=48):
+def tiled(model, x, sigma, pixels, halo=64):
     """Return model(x, sigma), computed in tiles of about `pixels` pixels where x (B, 3, H, W) has more.
 
     Each tile sees `halo` pixels around it, more than the network's reach, and starts on its coarsest grid, so the seams

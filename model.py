@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
 class UNet(nn.Module):
     """A U-Net with added (not concatenated) skips; `widths` and `blocks` are per resolution, finest first."""
 
-    def __init__(self, widths, blocks, features=128):
+    def __init__(self, widths, blocks, features=96):
         super().__init__()
         self.embedding = NoiseEmbedding(features)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -158,24 +158,28 @@ class ScoreModel(nn.Module):
         """
         if x.dtype not in (torch.float32, torch.float64) or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected (B, 3, H, W) of float32 or float64, not {tuple(x.shape)} of {x.dtype}")
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        s = sigma[:, None, None, None]
+        s = _per_image(sigma, x)
         if self.config["network"] == "cnn3":
             return x + s**2 * self._run(x)
         variance = s**2 + self.sigma_data**2
         c_skip, c_out, c_in = self.sigma_data**2 / variance, s * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
         centred = x - 0.5
-        return 0.5 + c_skip * centred + c_out * self._run(c_in * centred, sigma.float().log())
+        return 0.5 + c_skip * centred + c_out * self._run(c_in * centred, s.flatten().float().log())
 
     def score(self, x, sigma):
         """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, shape of x (Miyasawa 1961, Robbins 1956)."""
-        s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))[:, None, None, None]
-        return (self(x, sigma) - x) / s**2
+        return (self(x, sigma) - x) / _per_image(sigma, x) ** 2
 
     def _run(self, x, *condition):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             out = self.net(x.float().contiguous(memory_format=torch.channels_last), *condition)
         return out.to(x.dtype)
+
+
+def _per_image(sigma, x):  # -> (B, 1, 1, 1) like x
+    if not torch.is_tensor(sigma):  # filled in on the device: to copy a number there would make a GPU wait
+        sigma = torch.full((), sigma, dtype=x.dtype, device=x.device)
+    return sigma.to(x).expand(len(x))[:, None, None, None]
 
 
 def load_model(path, device="cpu", bfloat16=False):

@@ -4,7 +4,7 @@
     python train_score.py --data PATH --name mine       # any folder of images and .npy arrays
     python train_score.py --help                        # every constant below is an option
 
-The loss (Vincent 2011; weighed as in Karras et al. 2022), for clean images x0 and x = x0 + sigma n, is
+The loss (Vincent 2011), for clean images x0 and x = x0 + sigma n, is
 
     E lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2  =  E lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
 
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from model import ScoreModel
+from model import ScoreModel, load_model
 
 # -----------------------------------------------------------------------------
 # data
@@ -38,14 +38,16 @@ FLIP = True  # flip each image left to right with probability 1/2
 # network
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
 WIDTHS = (32, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 run fastest
-BLOCKS = (1, 2, 2)  # unet: residual blocks per resolution
+BLOCKS = (2, 3, 2)  # unet: residual blocks per resolution
+INIT = "none"  # checkpoint to start from, to train it further or fine-tune it on other images; "none": random weights
 # noise, in units of [0, 1] pixels
 SIGMA_MIN = 0.01  # lowest noise level; levels are log-uniform from here
 SIGMA_MAX = 1.0  # to here; equal for one level
 # optimiser
-EPOCHS = 14  # passes over the data
+OPTIMIZER = "muon"  # "muon" (for the hidden convolutions, with Adam for the rest) or "adam" (for all)
+EPOCHS = 11  # passes over the data
 BATCH_SIZE = 32  # images per step
-LR = 2e-3  # Adam's learning rate
+LR = 3e-3  # learning rate of both optimisers; Muon moves a weight by 0.2 LR a step, Adam by about as much
 WARMUP = 500  # steps over which the learning rate rises from zero
 DECAY = 0.5  # last fraction of the training over which it falls linearly to zero; 0 keeps it constant
 EMA = 0.999  # decay per step of the averaged weights, which are the ones kept; 0 keeps the last
@@ -61,14 +63,51 @@ VAL_SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5)  # noise levels of the validation; thos
 
 
 def denoising_loss(model, x0, sigma, noise):
-    """Return the score-matching loss with lambda = sigma^4 (sigma^2 + s_d^2) / (sigma s_d)^2, s_d = sigma_data.
+    """Return the score-matching loss with lambda = sigma^4 / typical_error(sigma): the error over what it can be.
 
-    This lambda (Karras et al. 2022, table 1) makes the error of the network's raw output count the same at every
-    noise level. x0, noise: (B, 3, H, W). sigma: (B,).
+    The gradient is then about that of the mean over noise levels of log MSE, so of PSNR: one dB counts the same at
+    every level. x0, noise: (B, 3, H, W). sigma: (B,).
     """
     s = sigma[:, None, None, None]
-    weight = (s**2 + model.sigma_data**2) / (s * model.sigma_data) ** 2
-    return (weight * (model(x0 + s * noise, sigma) - x0) ** 2).mean()
+    return ((model(x0 + s * noise, sigma) - x0) ** 2 / typical_error(s)).mean()
+
+
+def typical_error(sigma):
+    """Return about the mean squared error of a good denoiser on CIFAR-10: sigma^2 / (1 + sigma / 0.014), sigma 0.01 to 1."""
+    return sigma**2 / (1 + sigma / 0.014)
+
+
+def make_optimizers(model, o):
+    """Return the optimisers that together train the model.
+
+    Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates) replaces the update
+    of a matrix by the nearest orthogonal one, so that all its directions learn at one pace. A convolution is a matrix
+    from the patch it sees to its output channels, a transposed one from its input channels to the patch it makes. The
+    layers that meet the pixels, the biases and what embeds the noise level are left to Adam.
+    """
+    groups = {True: [], False: []}
+    for weight in model.parameters():
+        groups[o.optimizer == "muon" and weight.ndim == 4 and 3 not in weight.shape[:2]].append(weight)
+    optimizers = [torch.optim.Adam(groups[False], lr=o.lr, fused=True)]
+    return [*optimizers, HiddenMuon(groups[True], lr=o.lr)] if groups[True] else optimizers
+
+
+class HiddenMuon(torch.optim.Muon):
+    """torch's Muon, which takes matrices alone, for convolutions in channels_last: their weights, seen as matrices."""
+
+    def __init__(self, weights, lr):
+        self.weights = weights
+        matrices = [torch.nn.Parameter(self.as_matrix(w.detach())) for w in weights]
+        super().__init__(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    @staticmethod
+    def as_matrix(weight):  # (out, in, height, width) -> (out, height * width * in), in the same memory
+        return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
+    def step(self):
+        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
+            matrix.grad = self.as_matrix(weight.grad)
+        super().step()
 
 
 def draw_batch(images, step, o):
@@ -129,6 +168,8 @@ def check_options(o):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
     if o.warmup < 0:
         raise ValueError(f"--warmup must not be negative, not {o.warmup}")
+    if o.optimizer not in ("muon", "adam"):
+        raise ValueError(f"--optimizer must be muon or adam, not '{o.optimizer}'")
     for name in ("decay", "ema"):
         if not 0 <= getattr(o, name) <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1, not {getattr(o, name)}")
@@ -136,7 +177,7 @@ def check_options(o):
 
 def check_resumable(state, o, fingerprint, path):
     """Raise ValueError where going on from `state` would mix two different trainings."""
-    if not {"options", "fingerprint", "step"} <= state.keys():
+    if not {"options", "fingerprint", "step", "optimizers"} <= state.keys():
         raise ValueError(f"'{path}' is not what a training goes on from: delete it, or choose another --name")
     free = ("epochs", "lr", "save_minutes", "device", "precision", "data", "data_dir", "test", "name")
     for name, old in state["options"].items():
@@ -157,9 +198,16 @@ def main(o):
     bfloat16 = utils.pick_bfloat16(o.precision, device)
     torch.manual_seed(o.seed)
     model = ScoreModel(o.network, o.sigma_min, o.sigma_max, o.widths, o.blocks, bfloat16).to(device)
+    earlier = {"images_seen": 0, "hours": 0.0}  # by the trainings that led to the weights this one starts from
+    if o.init != "none":
+        init = load_model(o.init)
+        if init.config != model.config:
+            raise ValueError(f"--init '{o.init}' is another network: {init.config}, not {model.config}")
+        model.load_state_dict(init.state_dict())
+        earlier = {name: init.info[name] + init.info.get("earlier", earlier)[name] for name in earlier}
     averaged = ScoreModel(**model.config, bfloat16=bfloat16).to(device)
     averaged.load_state_dict(model.state_dict())
-    optimizer = torch.optim.Adam(model.parameters(), lr=o.lr, fused=True)
+    optimizers = make_optimizers(model, o)
 
     path, resume_path = Path("checkpoints", f"{o.name}.pt"), Path("checkpoints", f"{o.name}_resume.pt")
     if path.exists() and not resume_path.exists():
@@ -180,7 +228,8 @@ def main(o):
         check_resumable(state, o, fingerprint, resume_path)
         model.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         start, seconds, history = state["step"], state["seconds"], state["history"]
         loss_sum += state["loss_sum"]
 
@@ -214,12 +263,14 @@ def main(o):
     def save(step):
         state = {"loss_sum": finite(loss_sum, step), "step": step, "seconds": seconds + time.perf_counter() - started}
         state |= {"history": history, "options": vars(o), "fingerprint": fingerprint}
-        state |= {"model": model.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"model": model.state_dict(), "averaged": averaged.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         utils.save_checkpoint(resume_path, state)
         info = {
             "data": o.data, "training_images": len(train), "images_seen": seen(step), "epochs": step / steps_per_epoch,
-            "hours": state["seconds"] / 3600, "hardware": hardware, "torch": str(torch.__version__), "options": vars(o),
-            "val_psnr": dict(zip(sigmas, history["psnr"][-1])) if history["psnr"] else {}, "test_psnr": test_psnr,
+            "hours": state["seconds"] / 3600, "earlier": earlier, "hardware": hardware, "torch": str(torch.__version__),
+            "options": vars(o), "val_psnr": dict(zip(sigmas, history["psnr"][-1])) if history["psnr"] else {},
+            "test_psnr": test_psnr,
         }  # fmt: skip
         utils.save_checkpoint(path, {"config": model.config, "weights": averaged.state_dict(), "info": info})
         if history["psnr"]:
@@ -233,12 +284,12 @@ def main(o):
     bar = tqdm(total=seen(steps), initial=seen(start), unit="img", unit_scale=True, smoothing=0.05)
     for step in range(start + 1, steps + 1):
         x0, sigma, noise = draw_batch(train, step - 1, o)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, steps, o)
         loss = denoising_loss(model, x0, sigma, noise)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, o)
+            optimizer.step()
         with torch.no_grad():
             decay = min(o.ema, step / (step + 9))  # the first averages are short, to forget the start
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)

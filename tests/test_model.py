@@ -1,5 +1,6 @@
 """The network's arithmetic, and the loss, against closed forms."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from model import CNN3, ScoreModel, load_model
-from train_score import denoising_loss
+from train_score import HiddenMuon, denoising_loss, make_optimizers, typical_error
 from utils import add_noise, psnr, read_images, save_checkpoint
 
 SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 32), "blocks": (1, 1)}
@@ -107,14 +108,14 @@ def test_the_state_keeps_its_precision_whatever_the_network_runs_in():
 
 
 def test_the_loss_of_the_true_denoiser_is_its_posterior_variance():
-    # x0 ~ N(0.5, c^2): E (D - x0)^2 = c^2 s^2 / (c^2 + s^2), times lambda / s^4 = (s^2 + s_d^2) / (s s_d)^2.
+    # x0 ~ N(0.5, c^2): E (D - x0)^2 = c^2 s^2 / (c^2 + s^2), over what is typical of CIFAR-10.
     c, rng = 0.1, torch.Generator().manual_seed(1)
     model = ScoreModel(**SMALL)
     model.forward = lambda x, s: 0.5 + c**2 / (c**2 + s[:, None, None, None] ** 2) * (x - 0.5)
     x0 = 0.5 + c * torch.randn(256, 3, 32, 32, generator=rng)
     for s in (0.02, 0.1, 0.5):
         loss = denoising_loss(model, x0, torch.full((256,), s), torch.randn(x0.shape, generator=rng)).item()
-        expected = (s**2 + model.sigma_data**2) / (s * model.sigma_data) ** 2 * c**2 * s**2 / (c**2 + s**2)
+        expected = c**2 * s**2 / (c**2 + s**2) / typical_error(s)
         assert abs(loss / expected - 1) < 4 * (2 / x0.numel()) ** 0.5
 
 
@@ -135,6 +136,41 @@ def test_score_matching_learns_the_score_of_a_gaussian():
     with torch.no_grad():
         error = (model.score(x, s) - expected).square().mean() / expected.square().mean()
     assert error < 0.02
+
+
+def test_the_typical_error_is_that_of_the_shipped_network():
+    levels = load_model("checkpoints/score_cifar10.pt").info["test_psnr"]
+    assert set(levels) == {0.02, 0.05, 0.1, 0.2, 0.5}
+    for s, mean_psnr in levels.items():
+        assert abs(10 * np.log10(typical_error(s)) + mean_psnr) < 1.2  # dB
+
+
+def test_muon_has_the_hidden_convolutions_and_adam_the_rest():
+    model = ScoreModel(**SMALL)
+    adam, muon = make_optimizers(model, argparse.Namespace(optimizer="muon", lr=0.1))
+    places = [p.data_ptr() for optimizer in (adam, muon) for p in optimizer.param_groups[0]["params"]]
+    assert sorted(places) == sorted(p.data_ptr() for p in model.parameters())  # each once, in its own memory
+    names = {name for name, p in model.named_parameters() if p.data_ptr() in places[-len(muon.weights) :]}
+    assert all("conv" in name or "down" in name or "up" in name for name in names) and len(names) == 8
+    (adam,) = make_optimizers(model, argparse.Namespace(optimizer="adam", lr=0.1))
+    assert len(adam.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_muon_moves_a_convolution_by_an_orthogonal_matrix_along_its_gradient():
+    # The update is -lr 0.2 sqrt(max(n, m)) U V^T for a gradient U S V^T (Liu et al. 2025, eq. 4); five Newton-Schulz
+    # iterations bring singular values between 0.7 and 1.2 instead of 1 (Jordan et al. 2024).
+    rng = torch.Generator().manual_seed(3)
+    for shape in ((8, 16, 3, 3), (64, 8, 2, 2)):
+        weight = torch.nn.Parameter(torch.randn(shape, generator=rng).to(memory_format=torch.channels_last))
+        weight.grad = torch.randn(shape, generator=rng).to(memory_format=torch.channels_last)
+        before = weight.detach().clone()
+        HiddenMuon([weight], lr=0.01).step()
+        moved, gradient = (x.permute(0, 2, 3, 1).flatten(1) for x in (weight.detach() - before, weight.grad))
+        scale = 0.01 * 0.2 * max(moved.shape) ** 0.5
+        values = torch.linalg.svdvals(moved) / scale
+        assert values.min() > 0.6 and values.max() < 1.3
+        along = -(moved * gradient).sum() / scale / torch.linalg.svdvals(gradient).sum()  # 1 for U V^T exactly
+        assert 0.7 < along < 1.2
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
