@@ -1,19 +1,19 @@
 """Print the tables of the README and draw the figures of the studies.
 
     python tests/benchmark.py --input cifar10                   # the recipe this project starts from, and successors
-    python tests/benchmark.py --input cifar10 --table samplers  # whether each sampler's draws are posterior draws
+    python tests/benchmark.py --input cifar10 --table levels    # the U-Net at every noise level, and a Gaussian's bound
+    python tests/benchmark.py --input cifar10 --table cost      # speed and quality beside classical denoisers
     python tests/benchmark.py --help                            # every constant below is an option
 
 "recipe" measures the original Langevin recipe with its three-layer network, and the U-Net in one step and along the
 reverse-time SDE, on the same noisy images; then it draws two studies of the recipe: PSNR against the number of updates
 (figures/langevin_steps.png), and against their step size (figures/langevin_step_size.png).
 
-"samplers" holds the draws against what is true of any draw from p(x0 | y): its squared error is twice that of the one-step
-estimate, the mean of n draws has 1 + 1/n times that error, the truth lies in a 50 % interval of the draws half of the
-time, and y minus the draw is white with standard deviation sigma. It does so for the network, and again for a Gaussian
-random field, whose denoiser is exact: what misses there is the sampler's fault, what misses only above the network's. Two
-figures follow: what forgets y as its updates grow in number (figures/forgetting.png), and what texture costs
-(figures/dial.png).
+"levels" measures one step of the U-Net from the lowest noise level to the highest, beside the best that a Gaussian prior
+can do: the Wiener filter of the mean and covariance of the training images (figures/levels.png).
+
+"cost" relates the U-Net's quality, time, parameters and operations to those of denoisers from public packages, training
+to the fastest convolution that this machine runs, and the samplers' loop to the bare network.
 """
 
 import functools
@@ -25,23 +25,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sde  # noqa: E402
+import train_score  # noqa: E402
 import utils  # noqa: E402
-from model import load_model  # noqa: E402
+from model import ScoreModel, load_model  # noqa: E402
 
 # -----------------------------------------------------------------------------
-TABLE = "recipe"  # "recipe" or "samplers"
+TABLE = "recipe"  # "recipe", "levels" or "cost"
 INPUT = "cifar10"  # "cifar10" (its test images), "samples", or a path; all images of one size
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-COUNT = 1000  # images of the recipe's table
-STUDY_COUNT = 100  # images of its two studies
-SAMPLERS_COUNT = 8  # images of the samplers' table
-DRAWS = 64  # draws an image of the samplers' table
+TRAIN = "cifar10"  # images whose mean and covariance make the Wiener filter: "cifar10", or a path
+COUNT = 1000  # images of the tables of the recipe and of the noise levels
+COST_COUNT = 50  # images of the table of costs
+STUDY_COUNT = 50  # images of the recipe's two studies
 SIGMA = 0.1  # noise level, pixels in [0, 1]
+LEVELS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # those of the table of noise levels
 RECIPE = "checkpoints/cnn3_cifar10.pt"  # the recipe's network, trained at SIGMA
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network for all noise levels
 STEP_SIZE = 1e-4  # of the recipe
@@ -52,7 +56,32 @@ SEED = 0  # of the noise (numpy's default_rng) and, plus the image's number, of 
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 BATCH = 200  # images that go through a network together
+SECONDS = 5.0  # for which the work is repeated, at least, where its speed is measured; a tenth for each convolution
 # -----------------------------------------------------------------------------
+
+
+def check_level(model, path, sigma):
+    low, high = model.sigma_min, model.sigma_max
+    if not low <= sigma <= high:
+        raise ValueError(f"'{path}' was trained from {low:g} to {high:g}, not at sigma {sigma:g}")
+
+
+def noisy_pairs(images, sigma, device, o):
+    """Return y and x0, (B, 3, H, W), of a list of (H, W, 3) images."""
+    noisy = utils.add_noise(images, sigma, o.seed)
+    return tuple(torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device) for part in (noisy, images))
+
+
+def prepare(o, count):
+    """Return the network, the first `count` images, the device and whether it runs in bfloat16; print all of this."""
+    device = utils.pick_device(o.device)
+    bfloat16 = utils.pick_bfloat16(o.precision, device)
+    model = load_model(o.checkpoint, device, bfloat16)
+    check_level(model, o.checkpoint, o.sigma)
+    images = [image for _, image in utils.read_images(o.input, o.data_dir)[:count]]
+    precision = "bfloat16" if bfloat16 else "float32"
+    print(f"{len(images)} images of {o.input}, seed {o.seed}; {device} with {torch.get_num_threads()} threads, {precision}")
+    return model, images, device, bfloat16
 
 
 def batches(y, x0, o):
@@ -129,8 +158,8 @@ def plot_step_sizes(path, curves, levels, count, o):
 def compare_recipe(model, y, x0, device, bfloat16, o):
     """Print the table of the recipe and its successors, and draw the two studies."""
     recipe = load_model(o.recipe, device, bfloat16)
-    check_level(recipe, o.recipe, o)
-    print(f"{'':44}  {'PSNR dB':>14}  {'SSIM':>5}  {'calls':>5}  {'ms/image':>9}")
+    check_level(recipe, o.recipe, o.sigma)
+    print(f"{f'sigma {o.sigma:g}':44}  {'PSNR dB':>14}  {'SSIM':>5}  {'calls':>5}  {'ms/image':>9}")
     measure("noisy", 0, lambda y, seeds: y, y, x0, o)
     for steps in (100, 200):
         run = functools.partial(sde.langevin, recipe, sigma=o.sigma, steps=steps, step_size=o.step_size)
@@ -163,195 +192,207 @@ def compare_recipe(model, y, x0, device, bfloat16, o):
 
 
 # -----------------------------------------------------------------------------
-# Are the draws posterior draws?
+# Every noise level
 # -----------------------------------------------------------------------------
 
 
-def gaussian_field(shape, seed, device):
-    """Return images (B, 3, H, W) of a Gaussian random field with a spectrum like that of photographs, and its denoiser."""
-    frequency = torch.hypot(torch.fft.fftfreq(shape[2])[:, None], torch.fft.fftfreq(shape[3])[None]).to(device)
-    power = 1 / (frequency**2 + 0.02**2)
-    power = 0.25**2 * power / power.mean()  # variance of each Fourier coefficient, of each pixel 0.25^2
-    white = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    x0 = 0.5 + torch.fft.ifft2(torch.fft.fft2(white) * power.sqrt()).real
+def wiener_filter(images):
+    """Return (y, sigma) -> E[x0 | y] for a Gaussian prior with the mean and covariance of uint8 images (N, 3, H, W).
 
-    def denoiser(x, sigma):
-        return 0.5 + torch.fft.ifft2(torch.fft.fft2(x - 0.5) * power / (power + sigma**2)).real
+    The denoiser raises ValueError for images of another size.
+    """
+    pixels = images.flatten(1)
+    mean = torch.stack([part.double().sum(0) for part in pixels.split(1000)]).sum(0) / len(pixels) / 255
+    centred = ((part / 255 - mean.float()) for part in pixels.split(1000))
+    covariance = sum((part.T @ part).double() for part in centred) / len(pixels)
 
-    return x0, denoiser
+    def denoiser(y, sigma):
+        if y.shape[1:] != images.shape[1:]:
+            raise ValueError(f"images of {tuple(y.shape[1:])} do not match the training images of {tuple(images.shape[1:])}")
+        noisy = covariance + sigma**2 * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+        pull = torch.cholesky_solve((y.flatten(1) - mean).T, torch.linalg.cholesky(noisy)).T
+        return (y - sigma**2 * pull.view_as(y)).float()
 
-
-def draw(sampler, y, o):
-    """Return DRAWS draws for each image: (DRAWS, B, 3, H, W) on the CPU; every draw has its own seed."""
-    stack, per_batch = [], max(1, o.batch // len(y))
-    for first in range(0, o.draws, per_batch):
-        count = min(per_batch, o.draws - first)
-        seeds = [o.seed + first * len(y) + i for i in range(count * len(y))]
-        stack.append(sampler(y.repeat(count, 1, 1, 1), seeds).unflatten(0, (count, len(y))).cpu())
-    return torch.cat(stack)
+    return denoiser
 
 
-def certify(title, denoiser, y, x0, sigma_min, o):
-    """Print how the draws of each sampler compare with what holds for posterior draws; the first row says what that is."""
-    one_step = denoiser(y, o.sigma).cpu()
-    error = ((one_step - x0.cpu()) ** 2).mean().item()
-    few = max(1, o.draws // 4)
-    print(f"\n{title}: {len(y)} images, {o.draws} draws each; one step {utils.psnr(one_step, x0.cpu()).mean():.2f} dB")
-    widths = (18, 5, 9, 9, 9, 6, 6, 7, 7, 8, 8, 8)
+def self_ensemble(model, y, sigma, rotations=4):
+    """Return the mean of the denoiser over an image and its mirror image, in so many rotations by 90 degrees, turned back."""
+    total = 0
+    for k in range(rotations):
+        turned = y.rot90(k, (2, 3))
+        total = total + (model(turned, sigma) + model(turned.flip(3), sigma).flip(3)).rot90(-k, (2, 3))
+    return total / (2 * rotations)
 
-    def line(*cells):
-        return "  ".join(f"{c:{'<' if k == 0 else '>'}{w}}" for k, (c, w) in enumerate(zip(cells, widths)))
 
-    counted = ("one draw", f"mean {few}", f"mean {o.draws}")
-    print(line("", "", "error /", "error of", "one step", "cover", "", "y-draw", "", "PSNR dB", "", ""))
-    print(line("sampler", "calls", *counted, "50 %", "90 %", "std/s", "lag 1", *counted))
+def compare_levels(images, device, bfloat16, o):
+    """Print PSNR and SSIM at every noise level, of the noise, the Wiener filter and the network; draw PSNR against sigma."""
+    model, exact = (load_model(o.checkpoint, device, precision) for precision in (bfloat16, False))
+    wiener = wiener_filter(utils.read_patches(o.train, o.data_dir).to(device))
+    print(f"{'':6}  {'noisy':>13}  {'Wiener':>13}  {'one step':>13}  {'float32':>9}  {'2 flips':>9}  {'8 turns':>9}")
+    print(f"{'sigma':>6}" + f"  {'PSNR dB  SSIM':>13}" * 3 + "  PSNR against one step, dB".rjust(33))
+    curves = {name: [] for name in ("noisy, clipped", "Wiener filter, the best for a Gaussian prior", "U-Net, one step")}
+    for sigma in o.levels:
+        check_level(model, o.checkpoint, sigma)
+        y, x0 = noisy_pairs(images, sigma, device, o)
+        run = lambda network: torch.cat([network(part, sigma).cpu() for part in y.split(o.batch)])  # noqa: B023, E731
+        noisy, gaussian, one_step = y.cpu(), wiener(y, sigma).cpu(), run(model)
+        cells, truth = [], x0.cpu()
+        for curve, result in zip(curves.values(), (noisy, gaussian, one_step)):
+            curve.append(utils.psnr(result, truth).mean().item())
+            cells.append(f"{curve[-1]:7.2f}  {utils.ssim(result, truth).mean():.3f} ")
+        views = [functools.partial(self_ensemble, model, rotations=rotations) for rotations in (1, 4)]
+        others = [run(network) for network in (exact, *views)]
+        gains = [utils.psnr(other, truth).mean().item() - curves["U-Net, one step"][-1] for other in others]
+        print(f"{sigma:6g}  " + " ".join(f"{cell:>14}" for cell in cells) + "".join(f"  {gain:+9.3f}" for gain in gains))
+    noise, gaussian, network = (np.array(curve) for curve in curves.values())
+    margin = network - np.maximum(noise, gaussian)
+    print(f"the network lies above both by {margin.min():.2f} dB or more, least at sigma {o.levels[margin.argmin()]:g}")
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (label, curve), style in zip(curves.items(), ("k:", "C0--", "C1-")):
+        axes.plot(o.levels, curve, style, marker=".", label=label)
+    axes.set(xscale="log", xlabel="noise level $\\sigma$, pixels in [0, 1]", ylabel="PSNR, dB, mean over images")
+    axes.set_xticks(o.levels, [f"{s:g}" for s in o.levels])
+    axes.minorticks_off()
+    axes.set_title(f"One network from $\\sigma$ = {min(o.levels):g} to {max(o.levels):g}, {len(images)} images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    path = Path("figures", "levels.png")
+    utils.save_figure(path, figure)
+    print(f"wrote '{path}'")
+
+
+# -----------------------------------------------------------------------------
+# What it costs
+# -----------------------------------------------------------------------------
+
+
+def seconds_of(work, device, least):
+    """Return the time of one call of `work`: the best of calls repeated for at least so many seconds, after a first one."""
+    times = []
+    while len(times) < 2 or sum(times) < least:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def operations(work):
+    """Return the number of additions and multiplications in the convolutions and matrix products of one call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def classical(sigma):
+    """Return {name: denoiser of one noisy (H, W, 3) array}, of scikit-image and, where it is installed, of bm3d.
+
+    Their weights and patch sizes are those that gave the highest PSNR at sigma 0.1 on CIFAR-10's first test images.
+    """
+    options = {"channel_axis": -1}
+    found = {
+        "wavelet, BayesShrink": lambda y: denoise_wavelet(y, sigma, convert2ycbcr=True, method="BayesShrink", **options),
+        "total variation": lambda y: denoise_tv_chambolle(y, weight=0.7 * sigma, max_num_iter=200, **options),
+        "non-local means": lambda y: denoise_nl_means(
+            y, 5, 5, h=0.9 * sigma, sigma=sigma, fast_mode=False, **options
+        ),
+    }  # fmt: skip
+    try:
+        import bm3d
+    except ImportError:
+        print("(no CBM3D: pip install bm3d adds it to the table)")
+    else:
+        found["CBM3D"] = lambda y: bm3d.bm3d_rgb(y, sigma)
+    return found
+
+
+def compare_cost(model, y, x0, device, bfloat16, o):
+    """Print quality against time, parameters and operations; the speed of training; and that of the samplers' loop."""
+    print(f"{f'sigma {o.sigma:g}':24}  {'PSNR dB':>7}  {'SSIM':>5}  {'ms/image':>8}  {'parameters':>10}  {'operations':>10}")
+
+    def row(label, result, seconds, parameters, operations):
+        quality = f"{utils.psnr(result, x0.cpu()).mean():7.2f}  {utils.ssim(result, x0).mean():.3f}"
+        print(f"{label:24}  {quality}  {1000 * seconds / len(y):8.2f}  {parameters:>10}  {operations:>10}")
+
+    for label, denoiser in classical(o.sigma).items():
+        noisy = y.permute(0, 2, 3, 1).double().cpu().numpy()
+        denoiser(noisy[0])  # so that no import is timed
+        start = time.perf_counter()
+        results = [torch.from_numpy(denoiser(image)).permute(2, 0, 1) for image in tqdm(noisy, desc=label, leave=False)]
+        row(label, torch.stack(results), time.perf_counter() - start, "", "")
+    for precision in sorted({False, bfloat16}):
+        model = load_model(o.checkpoint, device, precision)
+        parameters = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
+        each = f"{operations(lambda: model(y[:1], o.sigma)) / 1e9:.2f} G"  # noqa: B023
+        seconds = seconds_of(lambda: model(y, o.sigma), device, o.seconds)  # noqa: B023
+        row(f"U-Net, {'bfloat16' if precision else 'float32'}", model(y, o.sigma).cpu(), seconds, parameters, each)
+
+    bare = seconds_of(lambda: [model(y, o.sigma) for _ in range(o.sde_steps)], device, o.seconds)
+    bar = tqdm(leave=False)
+    options = {"sigma_min": model.sigma_min, "generator": range(len(y)), "callback": lambda *_: bar.update()}
+    seconds = seconds_of(lambda: sde.adams(model, y, o.sigma, o.sde_steps, **options), device, o.seconds)
+    bar.close()
     print(
-        line(
-            "(posterior draws)",
-            "",
-            "2.000",
-            f"{1 + 1 / few:.3f}",
-            f"{1 + 1 / o.draws:.3f}",
-            "0.500",
-            "0.900",
-            "1.000",
-            "0.000",
-            "",
-            "",
-            "",
-        )
+        f"\nthe samplers' loop, with a seed for each image and a progress bar, makes {o.sde_steps / seconds:.2f} network calls a "
+        f"second of {len(y)} images; the bare network {o.sde_steps / bare:.2f}: {bare / seconds:.1%}"
     )
-    grid = {"sigma_min": sigma_min}
-    rows = [
-        ("adams", 10, functools.partial(sde.adams, steps=10, **grid)),
-        ("adams", 20, functools.partial(sde.adams, steps=20, **grid)),
-        ("ddim, eta 1", 10, functools.partial(sde.ddim, steps=10, **grid)),
-        ("ddim, eta 1", 100, functools.partial(sde.ddim, steps=100, **grid)),
-        ("Euler-Maruyama", 100, functools.partial(sde.reverse_sde, steps=100, **grid)),
-        ("edm", 51, functools.partial(sde.edm, steps=26, **grid)),
-        ("pred.-corrector", 99, functools.partial(sde.predictor_corrector, steps=50, **grid)),
-        ("annealed Langevin", 101, functools.partial(sde.annealed_langevin, steps=25, **grid)),
-        ("plain Langevin", 100, functools.partial(sde.langevin, steps=100, step_size=o.step_size)),
-    ]
-    for label, calls, sampler in tqdm(rows, desc=title, leave=False):
-        draws = draw(lambda y, seeds, sampler=sampler: sampler(denoiser, y, o.sigma, generator=seeds), y, o)
-        truth, observed = x0.cpu(), y.cpu()
-        means = [draws, draws[:few].mean(0), draws.mean(0)]
-        ratios = [((mean - truth) ** 2).mean().item() / error for mean in means]
-        coverage = []
-        for share in (0.5, 0.9):
-            # Truth and n draws are exchangeable: n - 1 gaps between the draws hold the truth with probability 1 / (n + 1) each.
-            width = share * (o.draws + 1) / (o.draws - 1)
-            low, high = torch.quantile(draws, torch.tensor([0.5 - width / 2, 0.5 + width / 2]), dim=0)
-            coverage.append(((truth >= low) & (truth <= high)).double().mean().item())
-        noise = observed - draws
-        lag = (noise[..., 1:] * noise[..., :-1]).mean().item() / (noise**2).mean().item()
-        residual = [(noise**2).mean().sqrt().item() / o.sigma, lag]
-        psnr = [torch.stack([utils.psnr(one, truth).mean() for one in draws]).mean().item()]
-        psnr += [utils.psnr(mean, truth).mean().item() for mean in means[1:]]
-        cells = [f"{v:.3f}" for v in ratios + coverage + residual] + [f"{v:.2f}" for v in psnr]
-        tqdm.write(line(label, calls, *cells))
+    training_speed(device, bfloat16, o)
 
 
-def study_forgetting(path, model, y, x0, o):
-    """Draw the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
-    error = ((model(y, o.sigma) - x0) ** 2).mean()
-    ratio = lambda x: (((x - x0) ** 2).mean() / error).item()  # noqa: E731
-    common = {"sigma": o.sigma, "steps": 20, "sigma_min": model.sigma_min, "generator": range(o.seed, o.seed + len(y))}
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+@torch.enable_grad()
+def training_speed(device, bfloat16, o):
+    """Print how fast a step of train_score.py's defaults is (with Muon, without EMA), and the machine's fastest convolution."""
+    t = utils.parse_options(vars(train_score), [])
 
-    plain = []
-    options = {"steps": o.study_steps, "step_size": o.step_size, "generator": common["generator"]}
-    sde.langevin(model, y, o.sigma, callback=lambda step, x_t, *_: plain.append(ratio(x_t)), **options)
-    axes.plot(plain, color="tab:red", linestyle="--", label="plain Langevin (the recipe)")
-    repeats = (1, 2, 4, 8, 16)
-    for label, style, observe in (("naive", "r.-", False), ("exact", "b.-", True)):
-        results = [sde.predictor_corrector(model, y, corrections=c, observe=observe, **common) for c in (0, *repeats)]
-        axes.plot([20 + 19 * c for c in (0, *repeats)], [ratio(x) for x in results], style, label=f"{label} predictor-corrector")
-    results = [sde.annealed_langevin(model, y, repeats=c, **common) for c in repeats]
-    axes.plot([20 * c + 1 for c in repeats], [ratio(x) for x in results], "g.-", label="annealed Langevin with the pull of y")
-    axes.axhline(2, color="black", linewidth=1, linestyle=":", label="a draw from the posterior")
-    axes.axhline(1, color="black", linewidth=1, label="one step")
-    axes.set(
-        xlabel="network calls", ylabel="squared error / that of one step", yscale="log", xlim=(0, o.study_steps), ylim=(0.9, None)
+    def convolution(channels, size):  # -> operations a second, forward and backward, nothing converted
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+        x = torch.randn(t.batch_size, channels, size, size, device=device).to(dtype, memory_format=torch.channels_last)
+        inputs = (x.requires_grad_(), layer.weight, layer.bias)
+
+        def work():
+            out = layer(x)
+            torch.autograd.grad(out, inputs, out.detach())
+
+        return 6 * 9 * channels**2 * size**2 * t.batch_size / seconds_of(work, device, o.seconds / 10)
+
+    rates = {shape: convolution(*shape) for shape in ((32, 32), (64, 32), (96, 16), (128, 16), (128, 8), (256, 8))}
+    (channels, size), best = max(rates.items(), key=lambda item: item[1])
+
+    model = ScoreModel(t.network, t.sigma_min, t.sigma_max, t.widths, t.blocks, bfloat16).to(device)
+    optimizers = train_score.make_optimizers(model, t)
+    images = torch.randint(256, (t.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
+
+    def step():
+        model.zero_grad()
+        train_score.denoising_loss(model, *train_score.draw_batch(images, 0, t)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    per_image = operations(step) / t.batch_size
+    speed = t.batch_size / seconds_of(step, device, o.seconds)
+    print(
+        f"training: {speed:.0f} images/s of {per_image / 1e9:.2f} G operations each, {speed * per_image / 1e9:.0f} GFLOP/s; "
+        f"the fastest 3x3 convolution here, of {channels} channels at {size} x {size}, forward and backward: "
+        f"{best / 1e9:.0f} GFLOP/s; fraction {speed * per_image / best:.0%}"
     )
-    axes.set_yticks([1, 2, 3, 4, 6, 8], [1, 2, 3, 4, 6, 8])
-    axes.set_title(f"What forgets the observation and what keeps it ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    utils.save_figure(path, figure)
-
-
-def study_dial(path, model, y, x0, o):
-    """Draw high-frequency power, against that of the clean images, over the squared error: the price of texture."""
-    frequency = torch.hypot(torch.fft.fftfreq(y.shape[2])[:, None], torch.fft.fftfreq(y.shape[3])[None]).to(y.device)
-    power = lambda x: (torch.fft.fft2(x - 0.5).abs() ** 2 * (frequency > 0.25)).sum().item()  # noqa: E731
-    one_step = model(y, o.sigma)
-    error, clean = ((one_step - x0) ** 2).mean(), power(x0)
-    place = lambda x: (((x - x0) ** 2).mean().item() / error.item(), power(x) / clean)  # noqa: E731
-
-    stopped = []
-    for texture in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        stop = o.sigma * (model.sigma_min / o.sigma) ** texture
-        seeds = range(o.seed, o.seed + len(y))
-        stopped.append((f"{texture:g}", place(sde.adams(model, y, o.sigma, o.sde_steps, sigma_min=stop, generator=seeds))))
-    run = functools.partial(sde.adams, model, sigma=o.sigma, steps=o.sde_steps, sigma_min=model.sigma_min)
-    draws = draw(lambda y, seeds: run(y=y, generator=seeds), y, o).to(y.device)
-    averaged = [(str(n), place(draws[:n].mean(0))) for n in (1, 2, 4, 8, 16, 32, 64) if n <= o.draws]
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for points, label, side in (
-        (stopped, "SDE stopped early, at this texture", (6, -10)),
-        (averaged, "mean of so many draws", (-6, 6)),
-    ):
-        axes.plot(*zip(*[xy for _, xy in points]), marker="o", label=label)
-        for text, xy in points:
-            axes.annotate(text, xy, side, textcoords="offset points", ha="center", fontsize=8)
-    axes.plot(*place(run(y=y, eta=0.0)), "k^", label="probability-flow ODE")
-    axes.axhline(1, color="black", linewidth=1, linestyle=":", label="clean images")
-    axes.set(xlabel="squared error / that of one step", ylabel="high-frequency power / that of clean images")
-    axes.set_title(f"From least error to natural texture ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
-    utils.save_figure(path, figure)
-
-
-def check_level(model, path, o):
-    low, high = model.sigma_min, model.sigma_max
-    if not low <= o.sigma <= high:
-        raise ValueError(f"'{path}' was trained from {low:g} to {high:g}, not at --sigma {o.sigma:g}")
 
 
 @torch.no_grad()
 def main(o):
-    if o.draws < 20:
-        raise ValueError(f"--draws {o.draws} are too few for an interval that holds the truth with 90 %: at least 20")
-    if o.table not in ("recipe", "samplers"):
-        raise ValueError(f"--table must be recipe or samplers, not '{o.table}'")
-    device = utils.pick_device(o.device)
-    bfloat16 = utils.pick_bfloat16(o.precision, device)
-    model = load_model(o.checkpoint, device, bfloat16)
-    check_level(model, o.checkpoint, o)
-    count = o.count if o.table == "recipe" else o.samplers_count
-    images = [image for _, image in utils.read_images(o.input, o.data_dir)[:count]]
-    noisy = utils.add_noise(images, o.sigma, o.seed)
-    x0, y = (torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device) for part in (images, noisy))
-
-    precision = "bfloat16" if bfloat16 else "float32"
-    machine = f"{device} with {torch.get_num_threads()} threads"
-    print(f"{len(y)} images of {o.input}, sigma {o.sigma:g}, seed {o.seed}; {machine}, {precision}")
-    if o.table == "recipe":
-        compare_recipe(model, y, x0, device, bfloat16, o)
+    counts = {"recipe": o.count, "levels": o.count, "cost": o.cost_count}
+    if o.table not in counts:
+        raise ValueError(f"--table must be one of {', '.join(counts)}, not '{o.table}'")
+    model, images, device, bfloat16 = prepare(o, counts[o.table])
+    if o.table == "levels":
+        compare_levels(images, device, bfloat16, o)
     else:
-        certify("the network", model, y, x0, model.sigma_min, o)
-        study_forgetting(Path("figures", "forgetting.png"), model, y, x0, o)
-        study_dial(Path("figures", "dial.png"), model, y, x0, o)
-        x0, denoiser = gaussian_field(y.shape, o.seed, device)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(o.seed + 1)).to(device)
-        certify("Gaussian random field", denoiser, x0 + o.sigma * noise, x0, model.sigma_min, o)
-        print("\nwrote 'figures/forgetting.png' and 'figures/dial.png'")
+        compare = compare_recipe if o.table == "recipe" else compare_cost
+        compare(model, *noisy_pairs(images, o.sigma, device, o), device, bfloat16, o)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Each script as a user calls it: small, in a subprocess, in an empty folder."""
 
 import csv
+import re
 import runpy
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_training_writes_a_checkpoint_that_tells_its_story(trained):
     info = model.info
     assert (model.sigma_min, model.sigma_max) == (0.01, 1.0)
     assert info["training_images"] == 236 and info["images_seen"] == 2 * 236 and info["epochs"] == 2
-    assert info["data"] == "patches.npy" and info["options"]["lr"] == 2e-3
+    assert info["data"] == "patches.npy" and info["options"]["lr"] == train_score.LR
     assert set(info["test_psnr"]) == set(info["val_psnr"]) == {0.02, 0.05, 0.1, 0.2, 0.5}
     noisy = -10 * np.log10(0.1**2)
     assert noisy < info["test_psnr"][0.1] < 40
@@ -123,10 +125,20 @@ def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path
     refuses(tmp_path, "train_score.py", line, "score.pt", "--name")
 
 
+def test_training_starts_from_a_checkpoint(trained, tmp_path, refuses):
+    start_from = f"--data {trained / 'patches.npy'} {SMALL} --init {trained / 'checkpoints' / 'score.pt'}"
+    run(tmp_path, "train_score.py", start_from + " --epochs 1 --lr 1e-9")
+    before, after = (load_model(folder / "checkpoints" / "score.pt") for folder in (trained, tmp_path))
+    for old, new in zip(before.parameters(), after.parameters()):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
+    assert after.info["earlier"]["images_seen"] == before.info["images_seen"] == 2 * after.info["images_seen"]
+    refuses(tmp_path, "train_score.py", start_from.replace("--blocks 1 1", "--blocks 1 2") + " --name other", "--init", "(1, 2)")
+
+
 def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good_state(trained, tmp_path):
     recipe = (
-        f"--data {trained / 'patches.npy'} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --warmup 0 --decay 0 --ema 0 "
-        "--batch-size 64 --val-images 64 --log-steps 1 --device cpu --name cnn3"
+        f"--data {trained / 'patches.npy'} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --warmup 0 "
+        "--decay 0 --ema 0 --batch-size 64 --val-images 64 --log-steps 1 --device cpu --name cnn3"
     )
     run(tmp_path, "train_score.py", recipe + " --lr 1e-4 --epochs 1")
     model = load_model(tmp_path / "checkpoints" / "cnn3.pt")
@@ -147,6 +159,7 @@ def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good
         ("--data samples --network transformer", ["transformer"]),
         ("--data samples --blocks 1 2", ["(1, 2)"]),
         ("--data samples --warmup -5", ["--warmup"]),
+        ("--data samples --optimizer sgd", ["--optimizer", "sgd"]),
         ("--data samples --val-images 100000", ["--val-images 100000"]),
         ("--data samples --lr -1", ["--lr", "-1"]),
         ("--data samples --device tpu", ["tpu"]),
@@ -314,10 +327,53 @@ def test_the_benchmark_prints_its_table_and_draws_the_two_studies(trained, tmp_p
         assert Image.open(tmp_path / "figures" / name).width > 500
 
 
+def test_the_levels_are_measured_beside_the_wiener_filter(trained, tmp_path):
+    patches = trained / "patches.npy"
+    line = f"--table levels --levels 0.1 0.5 --input {patches} --train {patches} --count 3 --device cpu --precision float32"
+    out, _ = run(tmp_path, "tests/benchmark.py", f"{line} --checkpoint {trained / 'checkpoints' / 'score.pt'}")
+    rows = [line.split() for line in out.splitlines() if re.match(r" *0\.[15] ", line)]
+    assert [row[0] for row in rows] == ["0.1", "0.5"] and all(row[7] == "+0.000" for row in rows)  # float32 against itself
+    assert float(rows[0][1]) < float(rows[0][3])  # the Wiener filter takes noise away
+    assert Image.open(tmp_path / "figures" / "levels.png").width > 500
+
+
+def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
+    images = torch.randint(256, (1500, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 1] = images[:, 0]  # two channels that always agree
+    x = images.flatten(1).double().numpy() / 255
+    y = np.random.default_rng(0).normal(0.5, 0.3, (7, 12))
+    covariance = np.cov(x.T, bias=True)
+    expected = x.mean(0) + (y - x.mean(0)) @ np.linalg.solve(covariance + 0.2**2 * np.eye(12), covariance)
+    result = benchmark.wiener_filter(images)(torch.from_numpy(y).view(7, 3, 2, 2), 0.2)
+    np.testing.assert_allclose(result.flatten(1), expected, atol=1e-5)
+
+
+def test_the_self_ensemble_turns_every_view_back():
+    y = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(benchmark.self_ensemble(lambda x, sigma: x * sigma, y, 0.5), y / 2)
+    for rotations in (1, 4):
+        seen = []
+        benchmark.self_ensemble(lambda x, sigma, seen=seen: seen.append(x) or x, y, 0.5, rotations)
+        assert len({view.numpy().tobytes() for view in seen}) == 2 * rotations
+
+
+def test_the_table_of_costs_has_a_row_for_every_denoiser(trained, tmp_path):
+    line = f"--table cost --input {trained / 'patches.npy'} --cost-count 2 --sde-steps 2 --seconds 0.01 --device cpu"
+    out, _ = run(tmp_path, "tests/benchmark.py", f"{line} --checkpoint {trained / 'checkpoints' / 'score.pt'}")
+    for name in ("wavelet", "total variation", "non-local means", "U-Net, float32"):
+        assert f"\n{name}" in out
+    assert "the samplers' loop" in out and re.search(r"training: [1-9]\d* images/s.* fraction [1-9]\d*%", out)
+
+
+def test_operations_are_those_of_a_convolution():
+    layer, x = torch.nn.Conv2d(8, 16, 3, padding=1), torch.zeros(2, 8, 5, 5)
+    assert benchmark.operations(lambda: layer(x)) == 2 * 9 * 8 * 16 * 25 * 2
+
+
 def test_the_certification_prints_a_row_for_each_sampler(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "score.pt"
-    options = "--table samplers --samplers-count 2 --draws 20 --study-steps 4 --device cpu"
-    out, _ = run(tmp_path, "tests/benchmark.py", f"--input {trained / 'patches.npy'} --checkpoint {checkpoint} {options}")
+    options = "--count 2 --draws 20 --study-steps 4 --device cpu"
+    out, _ = run(tmp_path, "tests/certify.py", f"--input {trained / 'patches.npy'} --checkpoint {checkpoint} {options}")
     network, field = out.split("Gaussian random field")
     for name in ("adams", "ddim", "Euler-Maruyama", "edm", "pred.-corrector", "annealed Langevin", "plain Langevin"):
         assert f"\n{name}" in network and f"\n{name}" in field
