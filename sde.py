@@ -306,12 +306,16 @@ def predictor_corrector(
     generator=None,
     callback=None,
 ):
-    """Follow each ancestral step by Langevin corrections (Song et al. 2021, algorithm 1) that keep the observation.
+    """Follow each step of the discrete reverse SDE by Langevin corrections (Song et al. 2021, algorithm 2) that keep y:
+
+        x <- x + (1 - s^2 / t^2) (D - x) + sqrt(t^2 - s^2) z,  then, `corrections` times, the step of `annealed_langevin`.
 
     The published corrector, `observe` False, uses the score alone: it samples p_sigma, and forgets y the more it corrects.
-    With `observe` it samples p(x_s | y). The update and its noise are those of `annealed_langevin`. One network call a
+    With `observe` it samples p(x_s | y). A single correction has no noise to carry over, so its own has the variance
+    2 - delta in place of Langevin's 2: that keeps the variance of x_s around a known x0 for any delta. One network call a
     step, and `corrections` more at every level but the first.
     """
+    _check_delta(delta)
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
     levels = levels[:1] + [s for s in levels[1:] for _ in range(1 + corrections)]
     draw = _noise_source(y, generator)
@@ -319,42 +323,50 @@ def predictor_corrector(
     def update(i, x, denoised):
         t, s = levels[i], levels[i + 1]
         if s == t:
-            return _correct(x, denoised, y if observe else None, t, sigma, delta, draw)
-        return denoised + (s / t) ** 2 * (x - denoised) + s * math.sqrt(1 - (s / t) ** 2) * draw()
+            return _correct(x, denoised, y if observe else None, t, sigma, delta, math.sqrt(2 - delta) * draw())
+        return x + (1 - (s / t) ** 2) * (denoised - x) + math.sqrt(t**2 - s**2) * draw()
 
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 
 
-def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.2, sigma_min=0.01, rho=7.0, generator=None, callback=None):
+def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.5, sigma_min=0.01, rho=7.0, generator=None, callback=None):
     """Anneal Langevin updates from y down to sigma_min, with the pull of the observation (Kawar et al. 2021, algorithm 1):
 
-        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt((2 - delta) e) z,  e = delta s^2 (1 - s^2 / sigma^2),
+        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt(e / 2) (z_before + z),  e = delta s^2 (1 - s^2 / sigma^2),
 
-    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n. e is delta times Var[x_s | x0, y], and
-    2 - delta in place of Langevin's 2 gives x_s this variance around x0 for any delta, not in the limit alone: the
-    network would read excess noise as picture. (Where the prior is wide, the variance is low by a factor 1 - delta / 2
-    instead.) Right in the limit of small delta and many steps and repeats. `repeats` network calls a step.
+    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n, and e is delta times Var[x_s | x0, y]. Each
+    noise z enters half here and half in the next update (Leimkuhler and Matthews 2013). That makes the variance exact for
+    any linear denoiser and any delta; with Langevin's sqrt(2 e) z it is right in the limit of small delta alone, and too
+    large above: the network reads excess noise as picture. `repeats` network calls a step.
     """
+    _check_delta(delta)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     below = noise_levels(sigma, sigma_min, steps + 1, rho).tolist()[1:]
     levels = [s for s in below for _ in range(repeats)] + (below[-1:] or [sigma])
     draw = _noise_source(y, generator)
+    before = draw()
 
     def update(i, x, denoised):
-        return _correct(x, denoised, y, levels[i], sigma, delta, draw)
+        nonlocal before
+        now = draw()
+        noise, before = (before + now) / math.sqrt(2), now
+        return _correct(x, denoised, y, levels[i], sigma, delta, noise)
 
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 
 
-def _correct(x, denoised, y, s, sigma, delta, draw):
-    """One Langevin update at level s towards p(x_s | y), or towards p_s where y is None."""
+def _check_delta(delta):
     if not 0 < delta < 2:
         raise ValueError(f"delta must lie between 0 and 2, not {delta}")
+
+
+def _correct(x, denoised, y, s, sigma, delta, noise):
+    """One Langevin update at level s towards p(x_s | y), or towards p_s where y is None; its noise is that of unit size."""
     size, score = delta * s**2, (denoised - x) / s**2
     if y is not None:
         size, score = size * (1 - s**2 / sigma**2), score + (y - x) / (sigma**2 - s**2)
-    return x + size * score + math.sqrt((2 - delta) * size) * draw()
+    return x + size * score + math.sqrt(size) * noise
 
 
 def _run(denoiser, x, alpha, levels, update, callback, to_the_end=True):

@@ -189,12 +189,25 @@ def study_dial(path, model, y, x0, o):
     utils.save_figure(path, figure)
 
 
+def study_batches(model, y, o):
+    """Print how far the draw of an image in a batch is from the one with the same seed alone, in both precisions."""
+    chosen, seeds = model.bfloat16, [o.seed + i for i in range(len(y))]
+    run = functools.partial(sde.adams, model, sigma=o.sigma, steps=o.sde_steps, sigma_min=model.sigma_min)
+    for model.bfloat16 in (True, False):
+        alone = torch.cat([run(y=y[i : i + 1], generator=seeds[i : i + 1]) for i in range(len(y))])
+        difference = (alone - run(y=y, generator=seeds)).abs().max().item()
+        precision = "bfloat16" if model.bfloat16 else "float32"
+        print(f"{precision}: a draw alone and the same draw in a batch of {len(y)} differ by at most {difference:.1g}")
+    model.bfloat16 = chosen
+
+
 @torch.no_grad()
 def main(o):
     if o.draws < 20:
         raise ValueError(f"--draws {o.draws} are too few for an interval that holds the truth with 90 %: at least 20")
     model, images, device, _ = prepare(o, o.count)
     y, x0 = noisy_pairs(images, o.sigma, device, o)
+    study_batches(model, y, o)
     certify("the network", model, y, x0, model.sigma_min, o)
     study_forgetting(Path("figures", "forgetting.png"), model, y, x0, o)
     study_dial(Path("figures", "dial.png"), model, y, x0, o)

@@ -155,7 +155,7 @@ def test_probability_flow_converges_to_its_closed_form_with_order_two(process):
         (sde.ddim, lambda n: n - 1, 1),
         (sde.edm, lambda n: n - 1, 1),
         (sde.predictor_corrector, lambda n: 2 * (n - 1), 1),
-        (sde.annealed_langevin, lambda n: 4 * n, 1),
+        (sde.annealed_langevin, lambda n: 4 * n + 1, 1),
         (sde.adams, lambda n: n - 1, 2),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
@@ -237,6 +237,7 @@ def test_draws_fall_into_the_modes_of_a_mixture_with_the_posterior_weights():
         (sde.edm, {"steps": 100}),
         (sde.adams, {"steps": 50}),
         (sde.predictor_corrector, {"steps": 100}),
+        (sde.annealed_langevin, {"steps": 100}),
     ):
         rng = torch.Generator().manual_seed(0)
         draws = sampler(denoiser, torch.full((n, 1, 1, 1), y, dtype=torch.float64), SIGMA, generator=rng, **options)
@@ -249,17 +250,33 @@ def test_draws_fall_into_the_modes_of_a_mixture_with_the_posterior_weights():
 
 
 @pytest.mark.parametrize("delta", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("scatter", [1e-4, C, 10.0])
+def test_annealed_langevin_at_one_level_has_the_exact_law_of_the_state_for_any_delta(monkeypatch, scatter, delta):
+    monkeypatch.setitem(globals(), "C", scatter)
+    s, (mean, std) = 0.2, posterior(1.3)
+    variance = std**2 - scatter**2 * s**2 / (scatter**2 + s**2)  # of E[x0 | x_s] given y
+    options = {"steps": 1, "repeats": 1000, "delta": delta, "sigma_min": s}
+    m, found = exact_mean_and_std(monkeypatch, sde.annealed_langevin, 1.3, 1001, **options)
+    assert abs(m - mean) < 1e-5 * math.sqrt(variance) and abs(found**2 / variance - 1) < 1e-5
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("observe", [True, False])
-def test_a_correction_keeps_the_variance_of_the_state_around_a_known_image(delta, observe):
-    # With x0 = MU known, x_s given y has mean MU + (s / SIGMA)^2 (y - MU) and variance s^2 (1 - s^2 / SIGMA^2).
-    s, y, known = 0.2, 1.3 if observe else None, torch.tensor(MU, dtype=torch.float64)
-    mean, variance = (MU + (s / SIGMA) ** 2 * (1.3 - MU), s**2 * (1 - (s / SIGMA) ** 2)) if observe else (MU, s**2)
-    step = lambda x, z: sde._correct(torch.tensor(x, dtype=torch.float64), known, y, s, SIGMA, delta, lambda: z).item()  # noqa: E731
-    assert abs(step(mean, 0.0) - mean) < 1e-12
-    shrink, noise = step(mean + 1, 0.0) - mean, step(mean, 1.0) - mean
-    assert abs(shrink**2 * variance + noise**2 - variance) < 1e-12
-    with pytest.raises(ValueError, match="2.5"):
-        sde._correct(known, known, y, s, SIGMA, 2.5, lambda: 0.0)
+def test_corrections_keep_the_variance_of_the_state_around_a_known_image(monkeypatch, delta, observe):
+    # With x0 all but known, x_s has the variance s^2, and given y s^2 (1 - s^2 / SIGMA^2); the denoiser passes on a little of it.
+    monkeypatch.setitem(globals(), "C", 1e-4)
+    s = 0.2
+    variance = s**2 * (1 - (s / SIGMA) ** 2 if observe else 1)
+    options = {"steps": 2, "corrections": 200, "delta": delta, "observe": observe, "sigma_min": s}
+    _, found = exact_mean_and_std(monkeypatch, sde.predictor_corrector, 1.3, 201, **options)
+    assert abs((found * (1 + s**2 / C**2)) ** 2 / variance - 1) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", [sde.predictor_corrector, sde.annealed_langevin])
+@pytest.mark.parametrize("delta", [0.0, 2.0, 2.5])
+def test_a_langevin_step_that_stands_still_or_diverges_is_refused(sampler, delta):
+    with pytest.raises(ValueError, match=str(delta)):
+        sampler(gaussian_denoiser, torch.rand(1, 3, 4, 4), SIGMA, delta=delta)
 
 
 def test_langevin_follows_its_recursion_and_forgets_the_observation(monkeypatch):
