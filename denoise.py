@@ -177,7 +177,7 @@ def main(o):
 
     rows = [None] * len(images)  # {method: (PSNR, SSIM, network calls, seconds)}
     shown = {}  # of the first images, as thumbnails: (sigma, noisy, frames of `watch`, one step, result, clean)
-    levels = {"mmse": 1, "langevin": o.langevin_steps, "pc": 2 * o.steps - 1, "annealed": 4 * o.steps + 1}.get(o.method, o.steps)
+    levels = {"mmse": 1, "langevin": o.langevin_steps, "pc": 2 * o.steps - 1}.get(o.method, o.steps)
     bar = tqdm(total=len(images) * levels, desc=o.method, unit="step", leave=False)
     for indices in batches(noisy, sigmas, o.batch_pixels):
         y, x0 = (to_tensor([stack[i] for i in indices], device) for stack in (noisy, images))

@@ -329,29 +329,34 @@ def predictor_corrector(
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 
 
-def annealed_langevin(denoiser, y, sigma, steps=50, repeats=4, delta=0.5, sigma_min=0.01, rho=7.0, generator=None, callback=None):
-    """Anneal Langevin updates from y down to sigma_min, with the pull of the observation (Kawar et al. 2021, algorithm 1):
+def annealed_langevin(denoiser, y, sigma, steps=100, delta=0.3, sigma_min=0.01, rho=7.0, generator=None, callback=None):
+    """Anneal Langevin updates with the pull of the observation (Kawar et al. 2021, algorithm 1), from level t to level s:
 
-        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt(e / 2) (z_before + z),  e = delta s^2 (1 - s^2 / sigma^2),
+        x <- x + e [score(x, t) + (y - x) / (sigma^2 - t^2)] + sqrt(e / 2) (z_before + z),  e = delta v_t,
+        x <- m_s + sqrt(v_s / v_t) (x - m_t),  m_t = D + t^2 / sigma^2 (y - D),  v_t = t^2 (1 - t^2 / sigma^2).
 
-    whose stationary law is p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n, and e is delta times Var[x_s | x0, y]. Each
-    noise z enters half here and half in the next update (Leimkuhler and Matthews 2013). That makes the variance exact for
-    any linear denoiser and any delta; with Langevin's sqrt(2 e) z it is right in the limit of small delta alone, and too
-    large above: the network reads excess noise as picture. `repeats` network calls a step.
+    The first line samples p(x_t | y), since y = x_t + sqrt(sigma^2 - t^2) n. Each noise enters half here and half in the next
+    update (Leimkuhler and Matthews 2013): at a fixed level the variance is then exact for any linear denoiser and any
+    delta, not in the limit of small delta alone. The second line moves the state to the next level along the probability
+    flow given y; m and v are the mean and variance of p(x_t | x0 = D, y). In the published algorithm the state only
+    relaxes to the next level, always a little too noisy for it, and the network takes the excess for picture. One network
+    call a step.
     """
     _check_delta(delta)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    below = noise_levels(sigma, sigma_min, steps + 1, rho).tolist()[1:]
-    levels = [s for s in below for _ in range(repeats)] + (below[-1:] or [sigma])
+    levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
+    spread = [s * math.sqrt(1 - (s / sigma) ** 2) for s in levels]
     draw = _noise_source(y, generator)
-    before = draw()
+    before = None
 
     def update(i, x, denoised):
         nonlocal before
-        now = draw()
-        noise, before = (before + now) / math.sqrt(2), now
-        return _correct(x, denoised, y, levels[i], sigma, delta, noise)
+        now, centre = draw(), lambda s: denoised + (s / sigma) ** 2 * (y - denoised)
+        if before is None:  # y itself is m at level sigma, where nothing is spread around it
+            before = now
+            return centre(levels[1]) + spread[1] * (math.sqrt(delta / 2) * now + math.sqrt(1 - delta / 2) * draw())
+        x = _correct(x, denoised, y, levels[i], sigma, delta, (before + now) / math.sqrt(2))
+        before = now
+        return centre(levels[i + 1]) + spread[i + 1] / spread[i] * (x - centre(levels[i]))
 
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 

@@ -101,7 +101,7 @@ def certify(title, denoiser, y, x0, sigma_min, o):
         ("Euler-Maruyama", 100, functools.partial(sde.reverse_sde, steps=100, **grid)),
         ("edm", 51, functools.partial(sde.edm, steps=26, **grid)),
         ("pred.-corrector", 99, functools.partial(sde.predictor_corrector, steps=50, **grid)),
-        ("annealed Langevin", 101, functools.partial(sde.annealed_langevin, steps=25, **grid)),
+        ("annealed Langevin", 100, functools.partial(sde.annealed_langevin, steps=100, **grid)),
         ("plain Langevin", 100, functools.partial(sde.langevin, steps=100, step_size=o.step_size)),
     ]
     for label, calls, sampler in tqdm(rows, desc=title, leave=False):
@@ -140,8 +140,8 @@ def study_forgetting(path, model, y, x0, o):
     for label, style, observe in (("naive", "r.-", False), ("exact", "b.-", True)):
         results = [sde.predictor_corrector(model, y, corrections=c, observe=observe, **common) for c in (0, *repeats)]
         axes.plot([20 + 19 * c for c in (0, *repeats)], [ratio(x) for x in results], style, label=f"{label} predictor-corrector")
-    results = [sde.annealed_langevin(model, y, repeats=c, **common) for c in repeats]
-    axes.plot([20 * c + 1 for c in repeats], [ratio(x) for x in results], "g.-", label="annealed Langevin with the pull of y")
+    results = [sde.annealed_langevin(model, y, **common | {"steps": 20 * c}) for c in repeats]
+    axes.plot([20 * c for c in repeats], [ratio(x) for x in results], "g.-", label="annealed Langevin with the pull of y")
     axes.axhline(2, color="black", linewidth=1, linestyle=":", label="a draw from the posterior")
     axes.axhline(1, color="black", linewidth=1, label="one step")
     axes.set(

@@ -155,7 +155,7 @@ def test_probability_flow_converges_to_its_closed_form_with_order_two(process):
         (sde.ddim, lambda n: n - 1, 1),
         (sde.edm, lambda n: n - 1, 1),
         (sde.predictor_corrector, lambda n: 2 * (n - 1), 1),
-        (sde.annealed_langevin, lambda n: 4 * n + 1, 1),
+        (sde.annealed_langevin, lambda n: n, 1),
         (sde.adams, lambda n: n - 1, 2),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
@@ -255,8 +255,8 @@ def test_annealed_langevin_at_one_level_has_the_exact_law_of_the_state_for_any_d
     monkeypatch.setitem(globals(), "C", scatter)
     s, (mean, std) = 0.2, posterior(1.3)
     variance = std**2 - scatter**2 * s**2 / (scatter**2 + s**2)  # of E[x0 | x_s] given y
-    options = {"steps": 1, "repeats": 1000, "delta": delta, "sigma_min": s}
-    m, found = exact_mean_and_std(monkeypatch, sde.annealed_langevin, 1.3, 1001, **options)
+    monkeypatch.setattr(sde, "noise_levels", lambda *_: torch.tensor([SIGMA] + [s] * 1000, dtype=torch.float64))
+    m, found = exact_mean_and_std(monkeypatch, sde.annealed_langevin, 1.3, 1001, delta=delta)
     assert abs(m - mean) < 1e-5 * math.sqrt(variance) and abs(found**2 / variance - 1) < 1e-5
 
 
@@ -339,8 +339,7 @@ def test_the_callback_sees_the_state_and_its_estimate_at_every_level(sampler, ca
 def test_with_no_level_between_the_image_and_the_lowest_they_give_the_posterior_mean(sampler):
     y = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(sampler(gaussian_denoiser, y, SIGMA, sigma_min=SIGMA), posterior(y)[0])
-    if sampler is not sde.annealed_langevin:  # whose updates lie below sigma
-        torch.testing.assert_close(sampler(gaussian_denoiser, y, SIGMA, steps=1), posterior(y)[0])
+    torch.testing.assert_close(sampler(gaussian_denoiser, y, SIGMA, steps=1), posterior(y)[0])
 
 
 @pytest.mark.parametrize("sampler", [*POSTERIOR_SAMPLERS, sde.probability_flow_ode, sde.langevin])
