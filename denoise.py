@@ -11,6 +11,7 @@ Prints a table and writes the denoised images, a figure of the frames on the way
 import functools
 import math
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,14 @@ SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise i
 ADD_NOISE = False  # add noise to a path's images too, as is always done to "samples" and "cifar10"
 # method
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
-METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (between); see `samplers` for more
+METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see `samplers` for more
 STEPS = 20  # noise levels from sigma down to the lowest trained one
+RHO = 7.0  # they are even in sigma^(1 / RHO); math.inf: in log sigma
 TEXTURE = 1.0  # 1 follows the SDE to its end; less stops early, at sigma^(1 - TEXTURE) lowest^TEXTURE; 0 is "mmse"
 LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts from
 LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
 # run
-SEED = 0  # of the noise added and of the draws; image i draws with seed SEED + i
+SEED = 0  # of the noise added and, with the noisy image itself, of its draw: the same image gets the same draw in any company
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small images, or a tile of a large one
@@ -90,12 +92,17 @@ def denoise(model, y, sigma, seeds, callback, o):
         return tiled(model, x, s, o.batch_pixels)
 
     stop = sigma * (model.sigma_min / sigma) ** o.texture
-    options = {"steps": o.steps, "sigma_min": stop, "generator": seeds}
+    options = {"steps": o.steps, "rho": o.rho, "sigma_min": stop, "generator": seeds}
     if o.method == "mmse":
         options = {}
     elif o.method == "langevin":
         options = {"steps": o.langevin_steps, "step_size": o.langevin_step_size, "generator": seeds}
     return samplers[o.method](denoiser, y, sigma, callback=callback, **options), calls
+
+
+def image_seed(y, seed):
+    """Return the seed of the draw of a noisy image, an array (H, W, 3): of its pixels and `seed`, not of its place in a list."""
+    return zlib.crc32(y.tobytes(), seed % 2**32)
 
 
 def choose_sigmas(names, noisy, added, model, o):
@@ -129,25 +136,26 @@ def batches(noisy, sigmas, pixels):
 def watch(indices, x0, count, bar):
     """Return a sampler's callback, which moves the bar, and what it keeps of the batch of images with these indices.
 
-    frames: {index: [(sigma, state, estimate of x0) at every level]} of images below `count`, as thumbnails; curves: the
-    same for [step, sigma, PSNR of the state, of the estimate], the PSNR empty where x0 is None.
+    frames: {index: [(sigma, state, estimate of x0) at every level]} of images below `count`, the middle of each; curves: the
+    same for [step, sigma, PSNR of the state, of the estimate], the PSNR None where x0 is None. All stays on its device: the
+    loop waits for nothing.
     """
     frames, curves = {i: [] for i in indices if i < count}, {i: [] for i in indices if i < count}
 
     def callback(step, x_t, estimate, sigma):
         for k, i in enumerate(indices):
             if i in frames:
-                frames[i].append((sigma, utils.thumbnail(x_t[k]), utils.thumbnail(estimate[k])))
+                frames[i].append((sigma, utils.middle(x_t[k]), utils.middle(estimate[k])))
                 pair = (x_t[k : k + 1], estimate[k : k + 1])
-                quality = ["", ""] if x0 is None else [f"{utils.psnr(x, x0[k : k + 1]).item():.4f}" for x in pair]
-                curves[i].append([step, f"{sigma:.6g}", *quality])
+                quality = [None, None] if x0 is None else [utils.psnr(x, x0[k : k + 1]) for x in pair]
+                curves[i].append([step, sigma, *quality])
         bar.update(len(indices))
 
     return callback, frames, curves
 
 
 def main(o):
-    for name in ("count", "steps", "langevin_steps", "langevin_step_size", "batch_pixels", "shown", "frames"):
+    for name in ("count", "steps", "rho", "langevin_steps", "langevin_step_size", "batch_pixels", "shown", "frames"):
         if not getattr(o, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
     if o.sigma is not None and not o.sigma > 0:
@@ -182,13 +190,16 @@ def main(o):
     for indices in batches(noisy, sigmas, o.batch_pixels):
         y, x0 = (to_tensor([stack[i] for i in indices], device) for stack in (noisy, images))
         callback, frames, curves = watch(indices, x0 if added else None, o.shown, bar)
+        sigma, seeds = sigmas[indices[0]], [image_seed(noisy[i], o.seed) for i in indices]
         start = time.perf_counter()
-        one_step = tiled(model, y, sigmas[indices[0]], o.batch_pixels).cpu()  # waits for the GPU
-        one_step_seconds = (time.perf_counter() - start) / len(indices)
-        start = time.perf_counter()
-        result, calls = denoise(model, y, sigmas[indices[0]], [o.seed + i for i in indices], callback, o)
-        result = result.cpu()
+        result, calls = denoise(model, y, sigma, seeds, callback, o)
+        result = result.cpu()  # waits for the GPU
         seconds = (time.perf_counter() - start) / len(indices)
+        one_step, one_step_seconds = result, seconds
+        if o.method != "mmse":
+            start = time.perf_counter()
+            one_step = tiled(model, y, sigma, o.batch_pixels).cpu()
+            one_step_seconds = (time.perf_counter() - start) / len(indices)
 
         x0, y = x0.cpu(), y.cpu()
         steps = {"noisy": (y, 0, 0.0), "mmse": (one_step, 1, one_step_seconds), o.method: (result, calls, seconds)}
@@ -200,9 +211,12 @@ def main(o):
             utils.save_image(Path(o.output, f"{names[i]}_{o.method}.png"), result[k])
             if i in frames:
                 noisy_i, estimate, final, clean = (utils.thumbnail(batch[k]) for batch in (y, one_step, result, x0))
-                shown[i] = sigmas[i], noisy_i, frames[i], estimate, final, clean
-                header = ["step", "sigma", "psnr_state", "psnr_estimate"]
-                utils.save_csv(Path(o.output, f"{names[i]}_{o.method}.csv"), [header, *curves[i]])
+                strip = [(s, utils.thumbnail(state), utils.thumbnail(guess)) for s, state, guess in frames[i]]
+                shown[i] = sigma, noisy_i, strip, estimate, final, clean
+                table = [["step", "sigma", "psnr_state", "psnr_estimate"]]
+                for step, s, *pair in curves[i]:
+                    table.append([step, f"{s:.6g}", *("" if psnr is None else f"{psnr.item():.4f}" for psnr in pair)])
+                utils.save_csv(Path(o.output, f"{names[i]}_{o.method}.csv"), table)
     bar.close()
 
     print_table(names, sigmas, rows)

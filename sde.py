@@ -200,7 +200,10 @@ def ddim(denoiser, y, sigma, steps=100, eta=1.0, sigma_min=0.01, rho=7.0, genera
     eta = 1 is ancestral sampling (Ho et al. 2020), a first-order solver of the reverse SDE: it draws from p(x0 | y).
     eta = 0 is DDIM, a first-order solver of the probability-flow ODE. What is between has the right marginals but is
     no draw from p(x0 | y): only the reverse SDE keeps the joint law of y and x0. One network call a step.
+    Raises ValueError unless 0 <= eta <= 1.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
     draw = _noise_source(y, generator)
 
@@ -217,8 +220,8 @@ def adams(denoiser, y, sigma, steps=10, eta=1.0, sigma_min=0.01, rho=7.0, genera
     """Solve the reverse SDE (eta 1) or the probability-flow ODE (eta 0) with a two-step Adams predictor and corrector.
 
     Between the levels t and s, with h = log(t / s) and k = 1 + eta^2, the linear part and the noise are exact and D is a
-    line in log sigma (SA-Solver, Xue et al. 2023, predicting data with tau = eta; the predictor at eta 0 is
-    DPM-Solver++(2M), Lu et al. 2022):
+    line in log sigma (SA-Solver, Xue et al. 2023, predicting data with tau = eta; the predictor at eta 0 is, but for terms
+    of third order in h, DPM-Solver++(2M), Lu et al. 2022):
 
         x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,  b = 1 - (1 - e^(-k h)) / (k h).
 
@@ -274,7 +277,8 @@ def edm(denoiser, y, sigma, steps=50, churn=1.0, sigma_min=0.01, rho=7.0, genera
     Before the step from level t to s the noise is raised to t_hat^2 = t^2 + churn (t^2 - s^2). Their gamma is a free
     number, since any churn keeps the marginals. Only churn = 1 keeps the joint law of y and x0 as well: then as much
     noise is added and taken away as in the reverse SDE, and the result is a draw from p(x0 | y), to first order in the
-    step. churn = 0 is the ODE, more than 1 forgets y. Two network calls a step, one at the last level.
+    step. churn = 0 is the ODE, more than 1 forgets y. Two network calls a step, one at the last level. The network is asked
+    about the raised levels, the first of which lies above sigma.
     """
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
     raised = [math.sqrt(t**2 + churn * (t**2 - s**2)) for t, s in zip(levels, levels[1:])] + levels[-1:]
@@ -310,10 +314,10 @@ def predictor_corrector(
 
         x <- x + (1 - s^2 / t^2) (D - x) + sqrt(t^2 - s^2) z,  then, `corrections` times, the step of `annealed_langevin`.
 
-    The published corrector, `observe` False, uses the score alone: it samples p_sigma, and forgets y the more it corrects.
-    With `observe` it samples p(x_s | y). A single correction has no noise to carry over, so its own has the variance
-    2 - delta in place of Langevin's 2: that keeps the variance of x_s around a known x0 for any delta. One network call a
-    step, and `corrections` more at every level but the first.
+    As published, `observe` False, the corrector uses the score alone: it samples p_sigma, and forgets y the more it
+    corrects. With `observe` it samples p(x_s | y), to first order in delta. The predictor leaves no noise to carry over, so
+    that of a correction has the variance 2 - delta in place of Langevin's 2: this keeps the variance of x_s around a known
+    x0 for any delta. One network call a step, and `corrections` more at every level but the first.
     """
     _check_delta(delta)
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()
@@ -330,17 +334,17 @@ def predictor_corrector(
 
 
 def annealed_langevin(denoiser, y, sigma, steps=100, delta=0.3, sigma_min=0.01, rho=7.0, generator=None, callback=None):
-    """Anneal Langevin updates with the pull of the observation (Kawar et al. 2021, algorithm 1), from level t to level s:
+    """Anneal Langevin updates with the pull of the observation (after Kawar et al. 2021, algorithm 1), from level t to s:
 
         x <- x + e [score(x, t) + (y - x) / (sigma^2 - t^2)] + sqrt(e / 2) (z_before + z),  e = delta v_t,
         x <- m_s + sqrt(v_s / v_t) (x - m_t),  m_t = D + t^2 / sigma^2 (y - D),  v_t = t^2 (1 - t^2 / sigma^2).
 
     The first line samples p(x_t | y), since y = x_t + sqrt(sigma^2 - t^2) n. Each noise enters half here and half in the next
-    update (Leimkuhler and Matthews 2013): at a fixed level the variance is then exact for any linear denoiser and any
-    delta, not in the limit of small delta alone. The second line moves the state to the next level along the probability
-    flow given y; m and v are the mean and variance of p(x_t | x0 = D, y). In the published algorithm the state only
-    relaxes to the next level, always a little too noisy for it, and the network takes the excess for picture. One network
-    call a step.
+    update (Leimkuhler and Matthews 2013): at a fixed level the variance is then exact for any Gaussian prior and any delta,
+    not in the limit of small delta alone. The second line moves the state to the next level along the probability flow
+    given y; D is the estimate before the first line, m and v are the mean and variance of p(x_t | x0 = D, y). As published,
+    the state only relaxes to the next level, always a little too noisy for it, and the network takes the excess for
+    picture. First order in the step. One network call a step.
     """
     _check_delta(delta)
     levels = noise_levels(sigma, sigma_min, steps, rho).tolist()

@@ -299,6 +299,7 @@ def main(o):
         if step % o.log_steps == 0:
             history["steps"].append(step)
             history["loss"].append(finite(loss_sum, step) / o.log_steps)
+            check_falling(history["loss"], step, o)
             loss_sum.zero_()
             bar.set_postfix(loss=f"{history['loss'][-1]:.4f}")
         if step % steps_per_epoch == 0:
@@ -317,6 +318,13 @@ def main(o):
             sys.exit(130)
     bar.close()
     print(f"{seen(steps):,} images seen; wrote '{path}' and '{figure_path}'")
+
+
+def check_falling(losses, step, o):
+    """Raise ValueError where the last of the averaged losses is above ten times the lowest of them: a divergence."""
+    if losses[-1] > 10 * min(losses):
+        rise = f"from {min(losses):.3g} to {losses[-1]:.3g} at step {step}"
+        raise ValueError(f"the loss rose {rise}; the checkpoint is as last saved: lower --lr {o.lr}")
 
 
 def in_words(sigmas, values):

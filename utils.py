@@ -352,10 +352,15 @@ def plot_training(path, history, images_per_step):
     save_figure(path, figure)
 
 
-def thumbnail(x, size=256):
-    """Return the middle of a (3, H, W) image, at most size x size, as a uint8 (H, W, 3) array: what a figure has room for."""
+def middle(x, size=256):
+    """Return a copy of the middle of a (3, H, W) image, at most size x size: what a figure has room for."""
     top, left = max(0, x.shape[1] - size) // 2, max(0, x.shape[2] - size) // 2
-    return _to_uint8(x[:, top : top + size, left : left + size].permute(1, 2, 0).cpu().numpy())
+    return x[:, top : top + size, left : left + size].clone()
+
+
+def thumbnail(x):
+    """Return the middle of a (3, H, W) image as a uint8 (H, W, 3) array."""
+    return _to_uint8(middle(x).permute(1, 2, 0).cpu().numpy())
 
 
 def plot_grid(path, rows, tile=128):

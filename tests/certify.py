@@ -5,9 +5,10 @@
 
 For a draw from the posterior: its squared error is twice that of the one-step estimate, the mean of n draws has 1 + 1/n
 times that error, the truth lies in a 50 % interval of the draws half of the time, and y minus the draw is white with
-standard deviation sigma. The table holds for the network, and again for a Gaussian random field, whose denoiser is exact:
-what misses there is the sampler's fault, what misses only above the network's. Two figures follow: what forgets y as its
-updates grow in number (figures/forgetting.png), and what texture costs (figures/dial.png).
+standard deviation sigma. A sampler ends with one step from the lowest level s, which takes MMSE(s) away: a second row says
+what is true of E[x0 | x_s] for an exact draw x_s. The table holds for the network, and again for a Gaussian random field,
+whose denoiser is exact: what misses there is the sampler's fault, what misses only above the network's. Two figures follow:
+what forgets y as its updates grow in number (figures/forgetting.png), and what texture costs (figures/dial.png).
 """
 
 import functools
@@ -67,6 +68,8 @@ def certify(title, denoiser, y, x0, sigma_min, o):
     one_step = denoiser(y, o.sigma).cpu()
     error = ((one_step - x0.cpu()) ** 2).mean().item()
     few = max(1, o.draws // 4)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(o.seed + 2)).to(x0)
+    left = ((denoiser(x0 + sigma_min * noise, sigma_min) - x0) ** 2).mean().item()  # MMSE at the last level
     print(f"\n{title}: {len(y)} images, {o.draws} draws each; one step {utils.psnr(one_step, x0.cpu()).mean():.2f} dB")
     widths = (18, 5, 9, 9, 9, 6, 6, 7, 7, 8, 8, 8)
 
@@ -76,22 +79,11 @@ def certify(title, denoiser, y, x0, sigma_min, o):
     counted = ("one draw", f"mean {few}", f"mean {o.draws}")
     print(line("", "", "error /", "error of", "one step", "cover", "", "y-draw", "", "PSNR dB", "", ""))
     print(line("sampler", "calls", *counted, "50 %", "90 %", "std/s", "lag 1", *counted))
-    print(
-        line(
-            "(posterior draws)",
-            "",
-            "2.000",
-            f"{1 + 1 / few:.3f}",
-            f"{1 + 1 / o.draws:.3f}",
-            "0.500",
-            "0.900",
-            "1.000",
-            "0.000",
-            "",
-            "",
-            "",
-        )
-    )
+    for label, end in (("(posterior draws)", 0.0), ("(ended by a step)", left)):
+        scatter = 1 - end / error
+        expected = [f"{1 + scatter / n:.3f}" for n in (1, few, o.draws)]
+        intervals = [""] * 2 if end else ["0.500", "0.900"]
+        print(line(label, "", *expected, *intervals, f"{(1 - end / o.sigma**2) ** 0.5:.3f}", "" if end else "0.000", "", "", ""))
     grid = {"sigma_min": sigma_min}
     rows = [
         ("adams", 10, functools.partial(sde.adams, steps=10, **grid)),
@@ -193,10 +185,10 @@ def study_batches(model, y, o):
     """Print how far the draw of an image in a batch is from the one with the same seed alone, in both precisions."""
     chosen, seeds = model.bfloat16, [o.seed + i for i in range(len(y))]
     run = functools.partial(sde.adams, model, sigma=o.sigma, steps=o.sde_steps, sigma_min=model.sigma_min)
-    for model.bfloat16 in (True, False):
+    for precision in ("bfloat16", "float32"):
+        model.bfloat16 = precision == "bfloat16"
         alone = torch.cat([run(y=y[i : i + 1], generator=seeds[i : i + 1]) for i in range(len(y))])
         difference = (alone - run(y=y, generator=seeds)).abs().max().item()
-        precision = "bfloat16" if model.bfloat16 else "float32"
         print(f"{precision}: a draw alone and the same draw in a batch of {len(y)} differ by at most {difference:.1g}")
     model.bfloat16 = chosen
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import numpy as np
@@ -150,6 +151,13 @@ def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good
     assert "not finite at step" in err.splitlines()[-1] and contents(tmp_path) == before
 
 
+def test_a_loss_that_climbs_is_a_divergence_before_it_is_infinite():
+    o = SimpleNamespace(lr=0.1)
+    train_score.check_falling([3.0, 0.3, 2.9], 30, o)
+    with pytest.raises(ValueError, match="rose from 0.3 to 3.1 at step 30.* --lr 0.1"):
+        train_score.check_falling([3.0, 0.3, 3.1], 30, o)
+
+
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -178,12 +186,18 @@ def test_training_refuses_bad_input_in_one_line(tmp_path, refuses, line, words):
 
 DIRECT = {
     "mmse": (1, lambda model, y: sde.tweedie(model, y, 0.1)),
-    "sde": (4, lambda model, y: sde.adams(model, y, 0.1, 4, generator=range(5))),
+    "sde": (4, lambda model, y: sde.adams(model, y, 0.1, 4, generator=seeds(y))),
     "ode": (4, lambda model, y: sde.adams(model, y, 0.1, 4, eta=0.0)),
     "heun": (7, lambda model, y: sde.probability_flow_ode(model, y, 0.1, 4)),
-    "annealed": (4, lambda model, y: sde.annealed_langevin(model, y, 0.1, 4, generator=range(5))),
-    "langevin": (4, lambda model, y: sde.langevin(model, y, 0.1, 4, 2e-4, generator=range(5))),
+    "edm": (7, lambda model, y: sde.edm(model, y, 0.1, 4, generator=seeds(y))),
+    "pc": (7, lambda model, y: sde.predictor_corrector(model, y, 0.1, 4, generator=seeds(y))),
+    "annealed": (4, lambda model, y: sde.annealed_langevin(model, y, 0.1, 4, generator=seeds(y))),
+    "langevin": (4, lambda model, y: sde.langevin(model, y, 0.1, 4, 2e-4, generator=seeds(y))),
 }
+
+
+def seeds(y):
+    return [denoise.image_seed(image, 0) for image in y.permute(0, 2, 3, 1).numpy()]
 
 
 @pytest.mark.parametrize("method", DIRECT)
@@ -201,14 +215,15 @@ def test_each_method_is_its_sampler_and_shows_what_it_did(trained, tmp_path, met
     (mean,) = [line.split() for line in out.splitlines() if line.startswith("mean of 5") and line.split()[4] == method]
     assert abs(float(mean[5]) - utils.psnr(expected, x0).mean().item()) < 0.01 and int(mean[7]) == calls
     assert Image.open(tmp_path / "output" / f"samples_{method}_frames.jpg").width > 300
-    assert Image.open(tmp_path / "output" / f"samples_{method}_frames.gif").n_frames == (2 if method == "mmse" else 5)
+    assert Image.open(tmp_path / "output" / f"samples_{method}_frames.gif").n_frames == {"mmse": 2, "pc": 8}.get(method, 5)
     assert method in err  # the progress bar
     with open(tmp_path / "output" / f"chelsea_{method}.csv", encoding="utf-8") as file:
         curve = list(csv.DictReader(file))
     quality = [utils.psnr(x[1:2], x0[1:2]).item() for x in (y, sde.tweedie(load_model(checkpoint), y, 0.1))]
-    assert [row["step"] for row in curve] == [str(k) for k in range({"heun": 4}.get(method, calls))]
-    assert np.allclose([float(curve[0]["psnr_state"]), float(curve[0]["psnr_estimate"])], quality, atol=0.01)
-    assert float(curve[0]["sigma"]) == 0.1
+    assert [row["step"] for row in curve] == [str(k) for k in range({"heun": 4, "edm": 4}.get(method, calls))]
+    if method != "edm":  # which adds noise first
+        assert np.allclose([float(curve[0]["psnr_state"]), float(curve[0]["psnr_estimate"])], quality, atol=0.01)
+        assert float(curve[0]["sigma"]) == 0.1
     assert float(curve[-1]["sigma"]) == (0.1 if method in ("mmse", "langevin") else 0.01)
 
 
@@ -257,15 +272,15 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
     assert "0.2 added" in out and " - " not in out
 
 
-def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it(trained, tmp_path):
-    checkpoint = trained / "checkpoints" / "score.pt"
-    common = f"--checkpoint {checkpoint} --input {trained / 'patches.npy'} --sigma 0.1 --steps 3 --device cpu"
-    run(tmp_path, "denoise.py", f"{common} --count 4 --output together")
-    run(tmp_path, "denoise.py", f"{common} --count 4 --output apart --batch-pixels 1024")
+def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_order(trained, tmp_path):
+    common = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --sigma 0.1 --steps 3 --device cpu"
+    patches = np.load(trained / "patches.npy")[:4]
+    for name, part, batch in (("together", patches, 2**18), ("apart", patches[::-1], 1024)):
+        np.save(tmp_path / f"{name}.npy", part)
+        run(tmp_path, "denoise.py", f"{common} --input {name}.npy --output {name} --batch-pixels {batch}")
     for k in range(4):
-        together, apart = (
-            np.asarray(Image.open(tmp_path / f / f"patches_{k:05d}_sde.png")).astype(int) for f in ("together", "apart")
-        )
+        together = np.asarray(Image.open(tmp_path / "together" / f"together_{k:05d}_sde.png")).astype(int)
+        apart = np.asarray(Image.open(tmp_path / "apart" / f"apart_{3 - k:05d}_sde.png")).astype(int)
         assert np.abs(together - apart).max() <= 1  # the same draw; the network's sums may round differently
 
 

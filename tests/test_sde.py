@@ -89,6 +89,24 @@ def test_vp_has_the_published_coefficients():
     torch.testing.assert_close(process.alpha(t) ** 2 * (1 + process.sigma(t) ** 2), torch.ones_like(t))
 
 
+def test_sub_vp_has_the_published_coefficients():
+    # Song et al. 2021, app. C: f = -beta / 2, g^2 = beta (1 - e^(-2 B)) and noise of standard deviation 1 - e^(-B), B = int beta.
+    t = torch.linspace(0.01, 1, 5, dtype=torch.float64)
+    beta, decay, process = 0.1 + 19.9 * t, torch.exp(-(0.1 * t + 9.95 * t**2)), SubVP(0.1, 20)
+    torch.testing.assert_close(process.drift(t), -beta / 2)
+    torch.testing.assert_close(process.diffusion(t) ** 2, beta * (1 - decay**2))
+    torch.testing.assert_close(process.alpha(t) * process.sigma(t), 1 - decay)
+
+
+def test_cosine_vp_is_the_vp_process_of_its_alpha():
+    # alpha = cos(pi t / 2), and beta = -2 (log alpha)' = pi tan(pi t / 2), so that f = -beta / 2 and g^2 = beta.
+    t = torch.linspace(0.01, 0.95, 5, dtype=torch.float64)
+    beta, process = math.pi * (math.pi / 2 * t).tan(), CosineVP()
+    torch.testing.assert_close(process.drift(t), -beta / 2)
+    torch.testing.assert_close(process.diffusion(t) ** 2, beta)
+    torch.testing.assert_close(process.alpha(t) ** 2 * (1 + process.sigma(t) ** 2), torch.ones_like(t))
+
+
 @pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
 def test_the_score_of_a_gaussian_is_exact_at_every_time(process):
     t, rng = torch.tensor(0.3, dtype=torch.float64), torch.Generator().manual_seed(0)
@@ -160,12 +178,13 @@ def test_probability_flow_converges_to_its_closed_form_with_order_two(process):
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
-def test_posterior_samplers_converge_to_the_gaussian_posterior_with_their_order(monkeypatch, sampler, draws, order):
+@pytest.mark.parametrize("rho", [7.0, math.inf])
+def test_posterior_samplers_converge_to_the_gaussian_posterior_with_their_order(monkeypatch, sampler, draws, order, rho):
     mean, std = posterior(1.3)
     errors = []
     for steps in (20, 40, 80):
         shrink = {"delta": 4 / steps} if sampler is sde.predictor_corrector else {}  # its corrector is exact for small delta
-        m, s = exact_mean_and_std(monkeypatch, sampler, 1.3, draws(steps), steps=steps, sigma_min=1e-3, **shrink)
+        m, s = exact_mean_and_std(monkeypatch, sampler, 1.3, draws(steps), steps=steps, sigma_min=1e-3, rho=rho, **shrink)
         errors.append(math.hypot(m - mean, s - std))
     assert errors[-1] < 0.2 * std
     assert order_of(errors) > order - 0.15
@@ -246,7 +265,9 @@ def test_draws_fall_into_the_modes_of_a_mixture_with_the_posterior_weights():
         for mode in modes:
             near = draws[(draws - mode).abs() < 0.3]
             conditional = mode + scatter**2 / (scatter**2 + SIGMA**2) * (y - mode)
-            assert abs(near.mean().item() - conditional.item()) < 0.3 * scatter, sampler.__name__
+            std = scatter * SIGMA / math.sqrt(scatter**2 + SIGMA**2)
+            assert abs(near.mean().item() - conditional.item()) < 0.1 * std, sampler.__name__  # 4 standard errors
+            assert abs(near.std().item() / std - 1) < 0.1, sampler.__name__
 
 
 @pytest.mark.parametrize("delta", [0.1, 0.5, 1.0])
@@ -310,11 +331,22 @@ def test_one_seed_per_image_makes_a_draw_independent_of_its_batch(sampler):
         sampler(gaussian_denoiser, y, SIGMA, steps=5, generator=[1, 2])
 
 
-def test_the_flow_is_deterministic():
+@pytest.mark.parametrize(
+    "sampler, options",
+    [(sde.probability_flow_ode, {}), (sde.ddim, {"eta": 0.0}), (sde.adams, {"eta": 0.0}), (sde.edm, {"churn": 0.0})],
+)
+def test_without_fresh_noise_they_are_deterministic(sampler, options):
     y = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    first = sde.probability_flow_ode(gaussian_denoiser, y, SIGMA, 5)
-    torch.randn(100)
-    assert torch.equal(sde.probability_flow_ode(gaussian_denoiser, y, SIGMA, 5), first)
+    first, second = (sampler(gaussian_denoiser, y, SIGMA, 5, generator=[seed, 3], **options) for seed in (1, 2))
+    assert torch.equal(first, second)
+    if options:
+        noisy = [sampler(gaussian_denoiser, y, SIGMA, 5, generator=[seed, 3]) for seed in (1, 2)]
+        assert not torch.equal(noisy[0][0], noisy[1][0]) and torch.equal(noisy[0][1], noisy[1][1])
+
+
+def test_an_eta_that_is_no_share_of_the_noise_is_refused():
+    with pytest.raises(ValueError, match="1.5"):
+        sde.ddim(gaussian_denoiser, torch.rand(1, 3, 4, 4), SIGMA, eta=1.5)
 
 
 @pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
