@@ -339,7 +339,8 @@ def plot_training(path, history, images_per_step):
     left, right = figure.subplots(1, 2)
     left.plot(np.array(history["steps"]) * images_per_step / 1e6, history["loss"], color="black", linewidth=0.8)
     left.set(title="training loss", ylabel="weighted denoising error", yscale="log")
-    left.yaxis.set_minor_formatter("{x:.1g}")
+    left.yaxis.set_major_formatter("{x:.3g}")
+    left.yaxis.set_minor_formatter("{x:.3g}")
     curves = np.array(history["psnr"])
     for sigma, curve in zip(history["sigmas"], curves.T):
         label = f"$\\sigma$ = {sigma:g}: {curve[-1]:.2f} dB"
