@@ -333,7 +333,7 @@ def predictor_corrector(
     return _run(denoiser, y, [1.0] * len(levels), levels, update, callback)
 
 
-def annealed_langevin(denoiser, y, sigma, steps=100, delta=0.3, sigma_min=0.01, rho=7.0, generator=None, callback=None):
+def annealed_langevin(denoiser, y, sigma, steps=100, delta=0.1, sigma_min=0.01, rho=7.0, generator=None, callback=None):
     """Anneal Langevin updates with the pull of the observation (after Kawar et al. 2021, algorithm 1), from level t to s:
 
         x <- x + e [score(x, t) + (y - x) / (sigma^2 - t^2)] + sqrt(e / 2) (z_before + z),  e = delta v_t,
