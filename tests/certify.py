@@ -137,12 +137,12 @@ def study_forgetting(path, model, y, x0, o):
     axes.axhline(2, color="black", linewidth=1, linestyle=":", label="a draw from the posterior")
     axes.axhline(1, color="black", linewidth=1, label="one step")
     axes.set(
-        xlabel="network calls", ylabel="squared error / that of one step", yscale="log", xlim=(0, o.study_steps), ylim=(0.9, None)
+        xlabel="network calls", ylabel="squared error / that of one step", yscale="log", xlim=(0, o.study_steps), ylim=(0.9, 16)
     )
     axes.set_yticks([1, 2, 3, 4, 6, 8], [1, 2, 3, 4, 6, 8])
     axes.set_title(f"What forgets the observation and what keeps it ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right", ncols=2)
     utils.save_figure(path, figure)
 
 
