@@ -293,6 +293,18 @@ def test_corrections_keep_the_variance_of_the_state_around_a_known_image(monkeyp
     assert abs((found * (1 + s**2 / C**2)) ** 2 / variance - 1) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [2, 3, 6])
+@pytest.mark.parametrize("delta", [0.1, 1.0])
+def test_annealed_langevin_around_a_known_image_has_the_exact_law_at_every_level(monkeypatch, steps, delta):
+    # From the first level below SIGMA on, and however few there are: nothing has to relax.
+    monkeypatch.setitem(globals(), "C", 1e-4)
+    s = 0.2
+    m, found = exact_mean_and_std(monkeypatch, sde.annealed_langevin, 1.3, steps, steps=steps, delta=delta, sigma_min=s)
+    unshrunk = 1 + s**2 / C**2  # the denoiser passes on this fraction of the state
+    assert abs((m - MU) * unshrunk / ((s / SIGMA) ** 2 * (1.3 - MU)) - 1) < 1e-4
+    assert abs((found * unshrunk) ** 2 / (s**2 * (1 - (s / SIGMA) ** 2)) - 1) < 1e-4
+
+
 @pytest.mark.parametrize("sampler", [sde.predictor_corrector, sde.annealed_langevin])
 @pytest.mark.parametrize("delta", [0.0, 2.0, 2.5])
 def test_a_langevin_step_that_stands_still_or_diverges_is_refused(sampler, delta):
