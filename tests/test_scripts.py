@@ -108,6 +108,28 @@ def test_training_interrupted_and_resumed_gives_the_same_weights(trained, tmp_pa
     assert resumed["info"]["val_psnr"] == straight["info"]["val_psnr"]
 
 
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
+    numbers = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    o = SimpleNamespace(batch_size=4, seed=0, flip=True, sigma_min=0.01, sigma_max=1.0)
+    drawn = [train_score.draw_batch(numbers, step, o)[0][:, 0, 0, 0] * 255 for step in range(6)]
+    first, second = (torch.cat(drawn[k : k + 3]).round().int().tolist() for k in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_the_first_step_is_one_learning_rate_of_adam_and_most_of_it_enters_the_average(trained, tmp_path):
+    # Adam's first step moves each weight by the learning rate, here at a quarter of its rise and not fallen yet;
+    # the first average keeps a tenth of the start.
+    line = "--network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --lr 1e-3 --warmup 4 --decay 1 --epochs 1"
+    run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {line} --batch-size 236 --val-images 64 --device cpu")
+    torch.manual_seed(train_score.SEED)
+    before = ScoreModel("cnn3", 0.1, 0.1).state_dict()
+    state = utils.load_checkpoint(tmp_path / "checkpoints" / "score_resume.pt")
+    for name, weight in before.items():
+        move = state["model"][name] - weight
+        assert abs(move.abs().median() / (1e-3 / 4) - 1) < 1e-3
+        torch.testing.assert_close(state["averaged"][name] - weight, 0.9 * move, rtol=0, atol=1e-7)
+
+
 def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path, refuses):
     for name, content in contents(trained).items():
         path = tmp_path / name.relative_to(trained)
