@@ -1,20 +1,19 @@
-"""Denoise images with a trained score network: one step, or back along the reverse-time SDE.
+"""Denoise pictures with a trained score network: in one step, or back along the reverse-time SDE.
 
     python denoise.py                                   # five photographs, made noisy, with the shipped network
     python denoise.py --input photo.jpg                 # your own noisy picture: its noise level is estimated
     python denoise.py --input cifar10 --count 1000 --method mmse
     python denoise.py --help                            # every constant below is an option
 
-Prints a table and writes the denoised images, a figure of the frames on the way, and an animation.
+Prints a table and writes the denoised pictures, a figure, an animation, and the frames on the way.
 """
 
 import functools
-import math
 import time
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,243 +22,216 @@ import utils
 from model import load_model
 
 # -----------------------------------------------------------------------------
-# images
+# pictures
 INPUT = "samples"  # "samples" (five photographs), "cifar10" (its test images), or a path: image, .npy, or folder of them
-COUNT = 1000  # at most so many images
+COUNT = 1000  # at most so many
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-OUTPUT = "output"  # folder for the denoised images, the figure and the animation
+OUTPUT = "output"  # folder for all that is written
 # noise
-SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise is added, else estimated from the image
-ADD_NOISE = False  # add noise to a path's images too, as is always done to "samples" and "cifar10"
+SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise is added, else estimated from the picture
+ADD_NOISE = False  # add noise to a path's pictures too, as is always done to "samples" and "cifar10"
 # method
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
-METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see `samplers` for more
-STEPS = 20  # noise levels from sigma down to the lowest trained one
+METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see METHODS for more
+STEPS = None  # noise levels from sigma down to the lowest trained one; none: as many as the method needs for the right law
 RHO = 7.0  # they are even in sigma^(1 / RHO); math.inf: in log sigma
 TEXTURE = 1.0  # 1 follows the SDE to its end; less stops early, at sigma^(1 - TEXTURE) lowest^TEXTURE; 0 is "mmse"
+SDE = "ve"  # the process of "euler" and "heun": "ve", "vp" or "subvp"
 LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts from
 LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
 # run
-SEED = 0  # of the noise added and, with the noisy image itself, of its draw: the same image gets the same draw in any company
+DRAWS = 2  # draws of each picture, by the methods that draw
+SEED = 0  # of the noise that is added
+DRAW_SEED = 0  # of the draws, with the noisy picture itself: the same picture gets the same draws in any company
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
-BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small images, or a tile of a large one
-SHOWN = 3  # images in the figure and the animation
-FRAMES = 3  # intermediate states in the figure
+BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small pictures, or a tile of a large one
+SHOWN = 2  # pictures in the figure, the animation and the frames
+SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in OUTPUT/frames
 # -----------------------------------------------------------------------------
 
 
-samplers = {
-    "mmse": sde.tweedie,  # E[x0 | y]
-    "sde": sde.adams,  # the reverse-time SDE, second order
-    "ode": functools.partial(sde.adams, eta=0.0),  # the probability-flow ODE, second order
-    "euler": sde.reverse_sde,  # the reverse-time SDE, first order, as in the textbook
-    "heun": sde.probability_flow_ode,  # the probability-flow ODE, as in the textbook
-    "ddim": sde.ddim,  # ancestral sampling
-    "edm": sde.edm,
-    "pc": sde.predictor_corrector,
-    "annealed": sde.annealed_langevin,
-    "langevin": sde.langevin,  # the original recipe; forgets the image if it runs on
-}
+def methods():
+    """Return by name: the sampler, the noise levels it needs for draws of the right law, its calls a level, whether it draws."""
+    process = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}[SDE]()
+    recipe = functools.partial(langevin, steps=LANGEVIN_STEPS, step_size=LANGEVIN_STEP_SIZE)
+    return {
+        "mmse": (sde.adams, 1, 1, False),  # E[x0 | y]: one level is one step
+        "sde": (sde.adams, 20, 1, True),  # the reverse-time SDE, second order
+        "ode": (functools.partial(sde.adams, eta=0.0), 20, 1, False),  # the probability-flow ODE, second order
+        "euler": (functools.partial(sde.reverse_sde, sde=process), 100, 1, True),  # the reverse-time SDE of the textbook
+        "heun": (functools.partial(sde.probability_flow_ode, sde=process), 20, 2, False),  # and its probability-flow ODE
+        "ancestral": (sde.ancestral, 100, 1, True),
+        "pc": (sde.predictor_corrector, 50, 2, True),
+        "annealed": (sde.annealed_langevin, 100, 1, True),
+        "langevin": (recipe, 1, LANGEVIN_STEPS, True),  # the original recipe; forgets the picture if it runs on
+    }
 
 
-def tiled(model, x, sigma, pixels, halo=64):
-    """Return model(x, sigma), computed in tiles of about `pixels` pixels where x (B, 3, H, W) has more.
-
-    Each tile sees `halo` pixels around it, more than the network's reach, and starts on its coarsest grid, so the seams
-    differ from the whole by rounding alone.
-    """
-    height, width = x.shape[2:]
-    size = max(64, math.isqrt(pixels) - 2 * halo) // 16 * 16
-    if height * width <= pixels:
-        return model(x, sigma)
-    out = torch.empty_like(x)
-    for top in range(0, height, size):
-        for left in range(0, width, size):
-            up, back = min(top, halo), min(left, halo)
-            part = x[:, :, top - up : top + size + halo, left - back : left + size + halo]
-            out[:, :, top : top + size, left : left + size] = model(part, sigma)[:, :, up : up + size, back : back + size]
-    return out
+def langevin(denoiser, y, levels, steps, step_size, noise):
+    return sde.langevin(denoiser, y, levels[0], steps, step_size, noise=noise)
 
 
-def denoise(model, y, sigma, seeds, callback, o):
-    """Return the denoised images and the network calls this took; y (B, 3, H, W), sigma a float, one seed per image."""
-    calls = 0
+@dataclass
+class Job:
+    """What a picture goes through; images are (3, H, W), on the CPU, and not clipped."""
 
-    def denoiser(x, s):
-        nonlocal calls
-        calls += 1
-        return tiled(model, x, s, o.batch_pixels)
+    name: str
+    y: torch.Tensor  # the noisy picture
+    x0: torch.Tensor | None  # the clean one, where it is known
+    levels: torch.Tensor  # falling noise levels, from that of y
+    results: dict = field(default_factory=dict)  # method: [image, network calls, seconds], an image for each draw (N, 3, H, W)
+    frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
 
-    stop = sigma * (model.sigma_min / sigma) ** o.texture
-    options = {"steps": o.steps, "rho": o.rho, "sigma_min": stop, "generator": seeds}
-    if o.method == "mmse":
-        options = {}
-    elif o.method == "langevin":
-        options = {"steps": o.langevin_steps, "step_size": o.langevin_step_size, "generator": seeds}
-    return samplers[o.method](denoiser, y, sigma, callback=callback, **options), calls
+    @property
+    def sigma(self):
+        return self.levels[0].item()
+
+    def seed(self, draw):
+        """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
+        return zlib.crc32(self.y.permute(1, 2, 0).contiguous().numpy().tobytes(), (DRAW_SEED + draw) % 2**32)
+
+    def rows(self):
+        """Return the rows of the table: a method's mean over its draws, and the mean of the draws; no PSNR without the truth."""
+        results = {"noisy": [self.y[None], 0, 0.0]} | self.results
+        if DRAWS > 1 and len(results[METHOD][0]) > 1:
+            images, calls, seconds = results[METHOD]
+            results[f"mean of {DRAWS}"] = [images.mean(0, keepdim=True), DRAWS * calls, DRAWS * seconds]
+        rows = []
+        for method, (images, calls, seconds) in results.items():
+            row = {"picture": self.name, "sigma": self.sigma, "method": method}
+            if self.x0 is not None:
+                x0 = self.x0.expand_as(images)
+                row |= {"PSNR dB": utils.psnr(images, x0).mean().item(), "SSIM": utils.ssim(images, x0).mean()}
+            rows.append(row | {"calls": calls, "seconds": seconds})
+        return rows
 
 
-def image_seed(y, seed):
-    """Return the seed of the draw of a noisy image, an array (H, W, 3): of its pixels and `seed`, not of its place in a list."""
-    return zlib.crc32(y.tobytes(), seed % 2**32)
-
-
-def choose_sigmas(names, noisy, added, model, o):
-    """Return the noise level of each image: the one added, the one given, or an estimate. Raises ValueError."""
-    low, high = model.sigma_min, model.sigma_max
-    sigmas = []
-    for name, y in zip(names, noisy):
-        sigma = added or o.sigma
+def read_jobs(model):
+    """Return a job for each picture, with its noise level: the one added, the one given, or an estimate."""
+    found = utils.read_images(INPUT, DATA_DIR)
+    names, images = zip(*found[:COUNT])
+    added = (SIGMA or 0.1) if ADD_NOISE or INPUT in ("samples", "cifar10") else None
+    noisy = utils.add_noise(images, added, SEED) if added else images
+    words = f"noise of standard deviation {added:g} added" if added else "noise already in them"
+    print(f"{len(images)} of {len(found)} pictures from {INPUT}, {words}; {METHOD} with {CHECKPOINT}")
+    jobs = []
+    for name, image, y in zip(names, images, noisy):
+        sigma = added or SIGMA
         if sigma is None:
             sigma = utils.estimate_sigma(y)
-            note = f", taken as the lowest trained, {low:g}" if sigma < low else ""
-            print(f"{name}: noise level estimated at {sigma:.4f}{note}")
-            sigma = max(sigma, low)
-        if not low <= sigma <= high:
-            trained = f"the range {low:g} to {high:g} that '{o.checkpoint}' was trained on"
+            print(
+                f"{name}: noise level estimated at {sigma:.4f}"
+                + f", taken as the lowest trained, {model.sigma_min:g}" * (sigma < model.sigma_min)
+            )
+            sigma = max(sigma, model.sigma_min)
+        if not model.sigma_min <= sigma <= model.sigma_max:
+            trained = f"the range {model.sigma_min:g} to {model.sigma_max:g} that '{CHECKPOINT}' was trained on"
             raise ValueError(f"noise level {sigma:g} of '{name}' is outside {trained}")
-        sigmas.append(sigma)
-    return sigmas
+        y, x0 = (torch.from_numpy(array).permute(2, 0, 1) for array in (y, image))
+        levels = sde.noise_levels(sigma, sigma * (model.sigma_min / sigma) ** TEXTURE, STEPS or methods()[METHOD][1], RHO)
+        jobs.append(Job(name, y, x0 if added else None, levels))
+    return jobs
 
 
-def batches(noisy, sigmas, pixels):
-    """Yield lists of indices of images that share their size and noise level, at most `pixels` pixels together."""
+def batches(jobs):
+    """Yield lists of jobs that share their size and noise level, at most BATCH_PIXELS pixels together."""
     groups = {}
-    for i, (y, sigma) in enumerate(zip(noisy, sigmas)):
-        groups.setdefault((y.shape, sigma), []).append(i)
-    for (shape, _), indices in groups.items():
-        size = max(1, pixels // (shape[0] * shape[1]))
-        yield from (indices[k : k + size] for k in range(0, len(indices), size))
+    for job in jobs:
+        groups.setdefault((job.y.shape, job.sigma), []).append(job)
+    for (shape, _), group in groups.items():
+        size = max(1, BATCH_PIXELS // (shape[1] * shape[2]))
+        yield from (group[k : k + size] for k in range(0, len(group), size))
 
 
-def watch(indices, x0, count, bar):
-    """Return a sampler's callback, which moves the bar, and what it keeps of the batch of images with these indices.
-
-    frames: {index: [(sigma, state, estimate of x0) at every level]} of images below `count`, the middle of each; curves: the
-    same for [step, sigma, PSNR of the state, of the estimate], the PSNR None where x0 is None. All stays on its device: the
-    loop waits for nothing.
-    """
-    frames, curves = {i: [] for i in indices if i < count}, {i: [] for i in indices if i < count}
-
-    def callback(step, x_t, estimate, sigma):
-        for k, i in enumerate(indices):
-            if i in frames:
-                frames[i].append((sigma, utils.middle(x_t[k]), utils.middle(estimate[k])))
-                pair = (x_t[k : k + 1], estimate[k : k + 1])
-                quality = [None, None] if x0 is None else [utils.psnr(x, x0[k : k + 1]) for x in pair]
-                curves[i].append([step, sigma, *quality])
-        bar.update(len(indices))
-
-    return callback, frames, curves
-
-
-def main(o):
-    for name in ("count", "steps", "rho", "langevin_steps", "langevin_step_size", "batch_pixels", "shown", "frames"):
-        if not getattr(o, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
-    if o.sigma is not None and not o.sigma > 0:
-        raise ValueError(f"--sigma must be positive, not {o.sigma}")
-    if not 0 <= o.texture <= 1:
-        raise ValueError(f"--texture must lie between 0 and 1, not {o.texture}")
-    if o.method not in samplers:
-        raise ValueError(f"--method must be one of {', '.join(samplers)}, not '{o.method}'")
-    device = utils.pick_device(o.device)
-    bfloat16 = utils.pick_bfloat16(o.precision, device)
-    model = load_model(o.checkpoint, device, bfloat16)
-    if o.method not in ("mmse", "langevin") and model.sigma_min == model.sigma_max:
-        level = f"'{o.checkpoint}' knows only {model.sigma_min:g}"
-        raise ValueError(f"--method {o.method} needs many noise levels, and {level}: use mmse or langevin")
-
-    found = utils.read_images(o.input, o.data_dir)
-    names, images = zip(*found[: o.count])
-    adds_noise = o.add_noise or o.input in ("samples", "cifar10")
-    added = (o.sigma or 0.1) if adds_noise else None
-    noisy = utils.add_noise(images, added, o.seed) if added else images
-    sigmas = choose_sigmas(names, noisy, added, model, o)
-    print(
-        f"{len(images)} of {len(found)} images from {o.input}, noise "
-        + (f"of standard deviation {added:g} added" if added else "already in them")
-        + f"; {o.method} with {o.checkpoint} on {device} in {'bfloat16' if bfloat16 else 'float32'}"
-    )
-
-    rows = [None] * len(images)  # {method: (PSNR, SSIM, network calls, seconds)}
-    shown = {}  # of the first images, as thumbnails: (sigma, noisy, frames of `watch`, one step, result, clean)
-    levels = {"mmse": 1, "langevin": o.langevin_steps, "pc": 2 * o.steps - 1}.get(o.method, o.steps)
-    bar = tqdm(total=len(images) * levels, desc=o.method, unit="step", leave=False)
-    for indices in batches(noisy, sigmas, o.batch_pixels):
-        y, x0 = (to_tensor([stack[i] for i in indices], device) for stack in (noisy, images))
-        callback, frames, curves = watch(indices, x0 if added else None, o.shown, bar)
-        sigma, seeds = sigmas[indices[0]], [image_seed(noisy[i], o.seed) for i in indices]
+def denoise(model, jobs, device, shown, bar):
+    """Give each job its one-step estimate and its draws; keep the frames of the first draw of the first `shown` jobs."""
+    y, levels = torch.stack([job.y for job in jobs]).to(device), jobs[0].levels
+    sampler, _, _, draws = methods()[METHOD]
+    passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse")
+    passes += [(METHOD, sampler, levels, draw) for draw in range(DRAWS if draws else 1)]
+    for method, sampler, levels, draw in passes:
+        filmed = shown if method == METHOD and draw == 0 else 0
+        film = utils.Film(utils.tiled(model, BATCH_PIXELS, bar), filmed)
         start = time.perf_counter()
-        result, calls = denoise(model, y, sigma, seeds, callback, o)
-        result = result.cpu()  # waits for the GPU
-        seconds = (time.perf_counter() - start) / len(indices)
-        one_step, one_step_seconds = result, seconds
-        if o.method != "mmse":
-            start = time.perf_counter()
-            one_step = tiled(model, y, sigma, o.batch_pixels).cpu()
-            one_step_seconds = (time.perf_counter() - start) / len(indices)
-
-        x0, y = x0.cpu(), y.cpu()
-        steps = {"noisy": (y, 0, 0.0), "mmse": (one_step, 1, one_step_seconds), o.method: (result, calls, seconds)}
-        for method, (batch, calls, seconds) in steps.items():
-            quality = zip(utils.psnr(batch, x0).tolist(), utils.ssim(batch, x0)) if added else [(None, None)] * len(indices)
-            for i, (psnr, ssim) in zip(indices, quality):
-                rows[i] = (rows[i] or {}) | {method: (psnr, ssim, calls, seconds)}
-        for k, i in enumerate(indices):
-            utils.save_image(Path(o.output, f"{names[i]}_{o.method}.png"), result[k])
-            if i in frames:
-                noisy_i, estimate, final, clean = (utils.thumbnail(batch[k]) for batch in (y, one_step, result, x0))
-                strip = [(s, utils.thumbnail(state), utils.thumbnail(guess)) for s, state, guess in frames[i]]
-                shown[i] = sigma, noisy_i, strip, estimate, final, clean
-                table = [["step", "sigma", "psnr_state", "psnr_estimate"]]
-                for step, s, *pair in curves[i]:
-                    table.append([step, f"{s:.6g}", *("" if psnr is None else f"{psnr.item():.4f}" for psnr in pair)])
-                utils.save_csv(Path(o.output, f"{names[i]}_{o.method}.csv"), table)
-    bar.close()
-
-    print_table(names, sigmas, rows)
-    print(f"wrote {len(names)} image{'s' * (len(names) > 1)} to '{o.output}'")
-    draw([shown[i] for i in sorted(shown)], [rows[i] for i in sorted(shown)], added, o)
+        images = sampler(film, y, levels, noise=sde.seeded_noise([job.seed(draw) for job in jobs], device)).cpu()
+        seconds = (time.perf_counter() - start) / len(jobs)
+        for job, image in zip(jobs, images):
+            before = job.results.get(method, [image[:0], 0, 0.0])[0]
+            job.results[method] = [torch.cat([before.view(-1, *image.shape), image[None]]), film.calls, seconds]
+        for k, job in enumerate(jobs[:filmed]):
+            job.frames = [(sigma, x[k].cpu(), denoised[k].cpu()) for sigma, x, denoised in film.frames]
 
 
-def to_tensor(images, device):  # list of (H, W, 3) arrays -> (B, 3, H, W)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+def write(job):
+    """Write the denoised picture, every draw of it; of a job with frames also these, as pictures and as a table of PSNR."""
+    for method, (images, *_) in job.results.items():
+        for k, image in enumerate(images):
+            number = f"_{k + 1}" if len(images) > 1 else ""
+            utils.save_image(Path(OUTPUT, f"{job.name}_{method}{number}.png"), image)
+    rows = []
+    for call, (sigma, state, estimate) in enumerate(job.frames):
+        rows.append({"call": call, "sigma": f"{sigma:.6g}"})
+        for name, image in (("state", state), ("estimate", estimate)):
+            if SAVE_FRAMES:
+                utils.save_image(Path(OUTPUT, "frames", f"{job.name}_{METHOD}", f"{call:03}_{name}_{sigma:.4f}.png"), image)
+            if job.x0 is not None:
+                rows[-1][f"psnr_{name}"] = f"{utils.psnr(image[None], job.x0[None]).item():.4f}"
+    if rows:
+        utils.save_csv(Path(OUTPUT, f"{job.name}_{METHOD}.csv"), rows)
 
 
-def print_table(names, sigmas, rows):
-    """Print a line per image and method, and the means; of many images the means alone. No PSNR where the truth is unknown."""
-    width = max(12, *(len(name) for name in names))
-    print(f"{'image':{width}}  {'noise':>6}  {'method':8}  {'PSNR dB':>7}  {'SSIM':>5}  {'calls':>5}  {'seconds':>8}")
-    lines = [(name, method, (sigma, *row[method])) for name, sigma, row in zip(names, sigmas, rows) for method in row]
-    if len(names) > 1:
-        for method in rows[0]:
-            columns = zip(*[values for _, m, values in lines if m == method])
-            means = [None if column[0] is None else float(np.mean(column)) for column in columns]
-            lines.append((f"mean of {len(names)}", method, means))
-    for name, method, (sigma, psnr, ssim, calls, seconds) in lines if len(names) <= 16 else lines[-len(rows[0]) :]:
-        quality = f"{'-':>7}  {'-':>5}" if psnr is None else f"{psnr:7.2f}  {ssim:5.3f}"
-        print(f"{name:{width}}  {sigma:6.4f}  {method:8}  {quality}  {calls:5.0f}  {seconds:8.4f}")
-
-
-def draw(shown, rows, added, o):
-    """Write the figure (noisy, states on the way, one step, result, clean) and the animation (states and estimates)."""
+def show(jobs, path):
+    """Draw each picture and its middle, enlarged: noisy, on the way, one step, the results, clean; and animate the frames."""
     grid = []
-    for (sigma, noisy, frames, one_step, result, clean), row in zip(shown, rows):
-        scores = {method: "" if psnr is None else f"{psnr:.2f} dB" for method, (psnr, *_) in row.items()}
-        columns = [("noisy", noisy, f"$\\sigma$ = {sigma:.3g}")]
-        if o.method != "mmse":
-            for k in range(1, o.frames + 1):
-                step = round(k * (len(frames) - 1) / (o.frames + 1))
-                columns.append((f"step {step}", frames[step][1], f"$\\sigma$ = {frames[step][0]:.3g}"))
-            columns.append(("one step", one_step, scores["mmse"]))
-        columns.append((o.method, result, scores[o.method]))
-        grid.append(columns + ([("clean", clean, "")] if added else []))
-    path = Path(o.output, f"{Path(o.input).stem}_{o.method}_frames.jpg")
-    utils.plot_grid(path, grid)
-    utils.save_animation(path.with_suffix(".gif"), [[*frames, (0.0, result, result)] for _, _, frames, _, result, _ in shown])
-    print(f"wrote '{path}' and '{path.with_suffix('.gif')}'")
+    for job in jobs:
+        images, caption = job.results[METHOD][0], lambda image, job=job: "" if job.x0 is None else f"{psnr_of(image, job):.2f} dB"
+        sigma, state, _ = job.frames[len(job.frames) // 2]
+        panels = [("noisy", job.y, f"$\\sigma$ = {job.sigma:.3g}"), ("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")]
+        panels += [("one step", job.results["mmse"][0][0], caption(job.results["mmse"][0][0]))] * (METHOD != "mmse")
+        titles = ("a draw", "another draw") if len(images) > 1 else (METHOD,)
+        panels += [(title, image, caption(image)) for title, image in zip(titles, images)]
+        grid.append(panels + ([("clean", job.x0, "")] if job.x0 is not None else []))
+    utils.plot_pictures(path, grid)
+    utils.save_animation(path.with_suffix(".gif"), [job.frames for job in jobs])
+
+
+def psnr_of(image, job):
+    return utils.psnr(image[None], job.x0[None]).item()
+
+
+def check_constants(model):
+    for name in ("COUNT", "RHO", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "DRAWS", "BATCH_PIXELS"):
+        utils.check(globals()[name] > 0, name, globals()[name], "must be positive")
+    utils.check(STEPS is None or STEPS >= 1, "STEPS", STEPS, "must be at least 1")
+    utils.check(SIGMA is None or SIGMA > 0, "SIGMA", SIGMA, "must be positive")
+    utils.check(0 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must lie between 0 and 1")
+    utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be ve, vp or subvp")
+    utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
+    if METHOD not in ("mmse", "langevin") and model.sigma_min == model.sigma_max:
+        level = f"'{CHECKPOINT}' knows only {model.sigma_min:g}"
+        raise ValueError(f"--method {METHOD} needs many noise levels, and {level}: use mmse or langevin")
+
+
+def main():
+    device = utils.pick_device(DEVICE)
+    model = load_model(utils.find(CHECKPOINT), device, utils.pick_bfloat16(PRECISION, device))
+    check_constants(model)
+    jobs = read_jobs(model)
+    _, steps, calls, draws = methods()[METHOD]
+    calls = (STEPS or steps) * calls * (DRAWS if draws else 1) + (METHOD != "mmse")
+    with tqdm(total=calls * sum(job.y[0].numel() for job in jobs), desc=METHOD, unit="px", unit_scale=True, leave=False) as bar:
+        for batch in batches(jobs):
+            denoise(model, batch, device, sum(job in jobs[:SHOWN] for job in batch), bar)
+            for job in batch:
+                write(job)
+    rows = [row for job in jobs for row in job.rows()]
+    if len(jobs) > 1:
+        rows = rows * (len(jobs) <= 16) + utils.means(rows, "method", picture=f"mean of {len(jobs)}")
+    print(utils.table(rows))
+    path = Path(OUTPUT, f"{Path(INPUT).stem}_{METHOD}.jpg")
+    show(jobs[:SHOWN], path)
+    print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
 
 
 if __name__ == "__main__":

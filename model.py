@@ -7,6 +7,11 @@
 x is a float tensor (B, 3, H, W) of images in [0, 1] plus noise of standard deviation sigma in the same units.
 """
 
+import math
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -74,17 +79,56 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
-class UNet(nn.Module):
-    """A U-Net with added (not concatenated) skips; `widths` and `blocks` are per resolution, finest first."""
+class WindowAttention(nn.Module):
+    """x + conv(softmax(q k / sqrt(32)) v) in heads of 32 channels, among the positions of each window (Vaswani et al. 2017).
 
-    def __init__(self, widths, blocks, features=96):
+    Queries and keys are normalised (Henry et al. 2020), so that no logit grows beyond sqrt(32). Windows are aligned to the
+    first pixel; those at the far edges are as large as what is left of the picture. The attention is written out, since the
+    library's own is slower here on a CPU, the more so backwards.
+    """
+
+    def __init__(self, channels, window):
         super().__init__()
+        self.window = window
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        for parameter in (self.out.weight, self.out.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x, embedding):  # (B, C, H, W), unused -> (B, C, H, W)
+        (height, width), w = x.shape[2:], self.window
+        padding = (0, -width % w, 0, -height % w)
+
+        def windows(t, heads):  # (B, heads * c, H, W) -> (B * windows, heads, w * w, c)
+            t = F.pad(t, padding).permute(0, 2, 3, 1).unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)
+            return t.reshape(-1, w * w, heads, t.shape[-1] // heads).transpose(1, 2)
+
+        q, k, v = (windows(t, t.shape[1] // 32) for t in self.qkv(x).chunk(3, dim=1))
+        logits = F.rms_norm(q, (32,)) @ F.rms_norm(k, (32,)).transpose(2, 3) / 32**0.5
+        if any(padding):  # nobody looks at what is not there
+            there = windows(torch.ones_like(x[:, :1]), 1).transpose(2, 3) > 0
+            logits = logits.masked_fill(~there, -math.inf)
+        h = (logits.softmax(-1) @ v).transpose(1, 2)  # (B * windows, w * w, heads, 32)
+        h = h.reshape(len(x), -(-height // w), -(-width // w), w, w, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return x + self.out(h[:, :height, :width].permute(0, 3, 1, 2))
+
+
+class UNet(nn.Module):
+    """A U-Net with added (not concatenated) skips; `widths`, `blocks` and `attention` are per resolution, finest first.
+
+    Where `attention` is 1, the stage on the way up (at the coarsest resolution: the only one) has an attention layer, in
+    windows of 32 x 32 pixels of the picture: the size of the images that the network is trained on.
+    """
+
+    def __init__(self, widths, blocks, attention, features=96):
+        super().__init__()
+        shapes = [(w, n, features, a * 32 // 2**i) for i, (w, n, a) in enumerate(zip(widths, blocks, attention))]
         self.embedding = NoiseEmbedding(features)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.encoder = nn.ModuleList(stage(w, n, features) for w, n in zip(widths, blocks))
-        self.decoder = nn.ModuleList(stage(w, n, features) for w, n in zip(widths[:-1], blocks[:-1]))
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:]))
+        self.encoder = nn.ModuleList([*(stage(*s[:3]) for s in shapes[:-1]), stage(*shapes[-1])])
+        self.decoder = nn.ModuleList(stage(*s) for s in shapes[:-1])
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.head = nn.Conv2d(widths[0], 3, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -109,8 +153,12 @@ class UNet(nn.Module):
         return self.head(F.silu(h))[..., :height, :width]
 
 
-def stage(channels, blocks, features):
-    return nn.ModuleList(ResidualBlock(channels, features) for _ in range(blocks))
+def stage(channels, blocks, features, window=0):
+    """Return residual blocks, and attention after the first of them if the window is not 0."""
+    layers = [ResidualBlock(channels, features) for _ in range(blocks)]
+    if window:
+        layers.insert(1, WindowAttention(channels, window))
+    return nn.ModuleList(layers)
 
 
 # -----------------------------------------------------------------------------
@@ -127,59 +175,80 @@ class ScoreModel(nn.Module):
     network "cnn3" is the score itself, at the single level it was trained for:
         D(x, sigma) = x + sigma^2 F(x).
 
-    sigma_min, sigma_max: the trained range of noise levels. Outside it the output is an extrapolation; nothing
-    checks that here, since a check would make a GPU wait at every call.
+    sigma_min, sigma_max: the trained range of noise levels. Outside it the network is asked as at the nearest end, while the
+    arithmetic around it keeps to the level asked for: an extrapolation, but one that stays an image.
     bfloat16: run the convolutions in bfloat16 (about 5 times faster where the hardware has it); everything
     around the network, and so the state of a sampler, stays in the precision of x.
-    Raises ValueError for an unknown network, widths and blocks that do not match, or a range that is not
-    0 < sigma_min <= sigma_max.
+    Raises ValueError, before anything is built, for an unknown network or numbers that no network can have.
     """
 
     sigma_data = 0.25  # standard deviation of the pixels of natural images around 0.5
 
-    def __init__(self, network, sigma_min, sigma_max, widths=(), blocks=(), bfloat16=False):
+    def __init__(self, network, sigma_min, sigma_max, widths=(), blocks=(), attention=(), bfloat16=False):
         super().__init__()
-        if not 0 < sigma_min <= sigma_max:
+        attention = attention or (0,) * len(widths)
+        if not 1e-6 <= sigma_min <= sigma_max <= 1e6:
             raise ValueError(f"noise range must be 0 < sigma_min <= sigma_max, not {sigma_min} and {sigma_max}")
         if network not in ("unet", "cnn3"):
             raise ValueError(f"unknown network '{network}': choose 'unet' or 'cnn3'")
-        if network == "unet" and not (len(widths) == len(blocks) > 0 and min(*widths, *blocks) > 0):
-            raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} must be positive and as many as each other")
-        self.config = dict(network=network, sigma_min=sigma_min, sigma_max=sigma_max, widths=tuple(widths), blocks=tuple(blocks))
+        if network == "unet":
+            _check_shape(widths, blocks, attention)
+        self.config = dict(network=network, sigma_min=sigma_min, sigma_max=sigma_max)
+        self.config |= dict(widths=tuple(widths), blocks=tuple(blocks), attention=tuple(attention))
         self.sigma_min, self.sigma_max, self.bfloat16 = sigma_min, sigma_max, bfloat16
-        self.net = CNN3() if network == "cnn3" else UNet(widths, blocks)
+        self.net = CNN3() if network == "cnn3" else UNet(widths, blocks, attention)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, sigma):
         """Return E[x0 | x], the denoised image (Tweedie's formula read backwards).
 
-        x: (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma: a float, 0-d or (B,) tensor, in units of [0, 1].
-        Raises ValueError if x is not such a tensor of float32 or float64.
+        x: (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma, in units of [0, 1]: a number, or one for each image
+        as a tensor, array or list of B values in any shape.
+        Raises ValueError if x is not such a tensor of float32 or float64, or sigma has another number of values.
         """
         if x.dtype not in (torch.float32, torch.float64) or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected (B, 3, H, W) of float32 or float64, not {tuple(x.shape)} of {x.dtype}")
         s = _per_image(sigma, x)
         if self.config["network"] == "cnn3":
-            return x + s**2 * self._run(x)
+            return x + s**2 * self._features(x)
         variance = s**2 + self.sigma_data**2
         c_skip, c_out, c_in = self.sigma_data**2 / variance, s * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
         centred = x - 0.5
-        return 0.5 + c_skip * centred + c_out * self._run(c_in * centred, s.flatten().float().log())
+        log_sigma = s.flatten().float().clamp(self.sigma_min, self.sigma_max).log()
+        return 0.5 + c_skip * centred + c_out * self._features(c_in * centred, log_sigma)
 
     def score(self, x, sigma):
         """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, shape of x (Miyasawa 1961, Robbins 1956)."""
         return (self(x, sigma) - x) / _per_image(sigma, x) ** 2
 
-    def _run(self, x, *condition):
+    def _features(self, x, *condition):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             out = self.net(x.float().contiguous(memory_format=torch.channels_last), *condition)
         return out.to(x.dtype)
 
 
+def _check_shape(widths, blocks, attention):
+    numbers = [*widths, *blocks, *attention]
+    if not (len(widths) == len(blocks) == len(attention) in range(1, 6) and all(type(n) is int for n in numbers)):
+        raise ValueError(f"give 1 to 5 integers each, as many as each other: {widths=}, {blocks=}, {attention=}")
+    if not all(1 <= w <= 2048 and 1 <= n <= 100 for w, n in zip(widths, blocks)):
+        raise ValueError(f"widths {tuple(widths)} must lie between 1 and 2048, and blocks {tuple(blocks)} between 1 and 100")
+    if any(a not in (0, 1) or (a and w % 32) for a, w in zip(attention, widths)):
+        raise ValueError(f"attention {tuple(attention)} is 0 or 1, and 1 only where widths {tuple(widths)} are multiples of 32")
+
+
 def _per_image(sigma, x):  # -> (B, 1, 1, 1) like x
-    if not torch.is_tensor(sigma):  # filled in on the device: to copy a number there would make a GPU wait
+    if isinstance(sigma, (int, float)):  # filled in on the device: to copy a number there would make a GPU wait
         sigma = torch.full((), sigma, dtype=x.dtype, device=x.device)
-    return sigma.to(x).expand(len(x))[:, None, None, None]
+    sigma = torch.as_tensor(sigma).to(x)
+    if sigma.numel() not in (1, len(x)):
+        raise ValueError(f"{sigma.numel()} noise levels for {len(x)} images: give one, or one for each image")
+    return sigma.reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
+
+
+# -----------------------------------------------------------------------------
+# Files
+# -----------------------------------------------------------------------------
 
 
 def load_model(path, device="cpu", bfloat16=False):
@@ -188,13 +257,46 @@ def load_model(path, device="cpu", bfloat16=False):
     Its `info` is what the training wrote about itself: options, images seen, hardware, validation PSNR.
     Raises FileNotFoundError if there is no such file and ValueError if it is not such a checkpoint.
     """
+    checkpoint = load_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = ScoreModel(**checkpoint["config"], bfloat16=bfloat16)
-        model.load_state_dict(checkpoint["weights"])
-        model.info = checkpoint["info"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at '{path}': train one with train_score.py, or name another") from None
-    except Exception as error:  # whatever a damaged pickle, archive or dictionary can raise
-        raise ValueError(f"'{path}' is not a checkpoint of train_score.py, or it is damaged ({type(error).__name__})") from None
+        restore(model, checkpoint["weights"])
+        model.info = dict(checkpoint["info"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"'{path}' is not a checkpoint of train_score.py ({type(error).__name__}: {reason})") from None
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_checkpoint(path):
+    """Read a dictionary of tensors and plain values; checksums are verified, and no code in the file is run.
+
+    Raises FileNotFoundError, or ValueError if the file cannot be read, is damaged, or holds anything else.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no checkpoint at '{path}': train one with train_score.py, or name another")
+    if not Path(path).is_file():
+        raise ValueError(f"'{path}' is not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__}")
+    except Exception as error:  # whatever a damaged archive or pickle can raise
+        raise ValueError(f"'{path}' is not a checkpoint, or it is damaged ({type(error).__name__}: {error})") from None
+    return checkpoint
+
+
+def restore(module, weights):
+    """Load weights into a module; raises ValueError unless names, shapes and types agree and all values are finite."""
+    expected = module.state_dict()
+    if not isinstance(weights, dict) or weights.keys() != expected.keys():
+        raise ValueError("its weights have other names")
+    for name, value in weights.items():
+        if not torch.is_tensor(value) or (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(f"its weight {name} has another shape or type")
+        if not value.isfinite().all():
+            raise ValueError(f"its weight {name} is not finite")
+    module.load_state_dict(weights)

@@ -12,21 +12,23 @@ Ctrl-C saves and stops; a crash loses the time since the last save. Run the same
 same result as if it had not stopped; with more --epochs it goes on beyond.
 """
 
+import copy
 import functools
 import math
-import platform
-import signal
+import re
 import sys
 import time
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import utils
-from model import ScoreModel, load_model
+from model import ScoreModel, load_checkpoint, load_model, restore
 
 # -----------------------------------------------------------------------------
 # data
@@ -39,17 +41,20 @@ FLIP = True  # flip each image left to right with probability 1/2
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
 WIDTHS = (32, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 run fastest
 BLOCKS = (2, 3, 2)  # unet: residual blocks per resolution
-INIT = "none"  # checkpoint to start from, to train it further or fine-tune it on other images; "none": random weights
+ATTENTION = (0, 1, 1)  # unet: 1 where a resolution has an attention layer, on the way up
+INIT = "none"  # checkpoint to start from, to fine-tune it on other images; "none": random weights
 # noise, in units of [0, 1] pixels
-SIGMA_MIN = 0.01  # lowest noise level; levels are log-uniform from here
-SIGMA_MAX = 1.0  # to here; equal for one level
+SIGMA_MIN = 0.005  # lowest noise level
+SIGMA_MAX = 20.0  # highest noise level; equal for one level
+TAILS = 0.035  # share of the levels below 0.01, and another of those above 1; log-uniform there and between
 # optimiser
 OPTIMIZER = "muon"  # "muon" (for the hidden convolutions, with Adam for the rest) or "adam" (for all)
-EPOCHS = 11  # passes over the data
+EPOCHS = 10  # passes over the data
 BATCH_SIZE = 32  # images per step
 LR = 3e-3  # learning rate of both optimisers; Muon moves a weight by 0.2 LR a step, Adam by about as much
 WARMUP = 500  # steps over which the learning rate rises from zero
-DECAY = 0.5  # last fraction of the training over which it falls linearly to zero; 0 keeps it constant
+DECAY = 0.8  # last fraction of the training over which it falls linearly to zero; 0 keeps it constant
+CLIP = 5.0  # largest norm of a gradient, some twice the usual one: a rare outlier would steer Muon for many steps
 EMA = 0.999  # decay per step of the averaged weights, which are the ones kept; 0 keeps the last
 # run
 NAME = "score"  # of checkpoints/NAME.pt and figures/NAME_training.png
@@ -73,57 +78,36 @@ def denoising_loss(model, x0, sigma, noise):
 
 
 def typical_error(sigma):
-    """Return about the mean squared error of a good denoiser on CIFAR-10: sigma^2 / (1 + sigma / 0.014), sigma 0.01 to 1."""
-    return sigma**2 / (1 + sigma / 0.014)
+    """Return about the mean squared error of a good denoiser on CIFAR-10: sigma^2 at low levels, and at most 0.07."""
+    return sigma**2 / (1 + sigma / 0.014 + sigma**2 / 0.07)
 
 
-def make_optimizers(model, o):
-    """Return the optimisers that together train the model.
+def noise_law(u, sigma_min, sigma_max, tails):
+    """Return the noise levels at the quantiles u in [0, 1]: log-uniform below 0.01, from 0.01 to 1, and above 1."""
+    corners = [(0.0, sigma_min), (tails, 0.01), (1 - tails, 1.0), (1.0, sigma_max)]
+    corners = corners[:1] + [(v, s) for v, s in corners[1:3] if sigma_min < s < sigma_max] + corners[3:]
+    log_sigma = math.log(sigma_min)
+    for (v, s), (v_next, s_next) in pairwise(corners):
+        log_sigma = log_sigma + (u.clamp(v, v_next) - v) / (v_next - v) * math.log(s_next / s)
+    return log_sigma.exp()
 
-    Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates) replaces the update
-    of a matrix by the nearest orthogonal one, so that all its directions learn at one pace. A convolution is a matrix
-    from the patch it sees to its output channels, a transposed one from its input channels to the patch it makes. The
-    layers that meet the pixels, the biases and what embeds the noise level are left to Adam.
+
+def draw_batch(images, step, batch_size, flip, law, seed):
+    """Return x0, sigma and noise of one step; they depend on the seed and the step alone, so a run can be resumed.
+
+    images: uint8 (N, 3, H, W). law: from quantiles in [0, 1] to noise levels.
     """
-    groups = {True: [], False: []}
-    for weight in model.parameters():
-        groups[o.optimizer == "muon" and weight.ndim == 4 and 3 not in weight.shape[:2]].append(weight)
-    optimizers = [torch.optim.Adam(groups[False], lr=o.lr, fused=True)]
-    return [*optimizers, HiddenMuon(groups[True], lr=o.lr)] if groups[True] else optimizers
-
-
-class HiddenMuon(torch.optim.Muon):
-    """torch's Muon, which takes matrices alone, for convolutions in channels_last: their weights, seen as matrices."""
-
-    def __init__(self, weights, lr):
-        self.weights = weights
-        matrices = [torch.nn.Parameter(self.as_matrix(w.detach())) for w in weights]
-        super().__init__(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-
-    @staticmethod
-    def as_matrix(weight):  # (out, in, height, width) -> (out, height * width * in), in the same memory
-        return weight.permute(0, 2, 3, 1).view(len(weight), -1)
-
-    def step(self):
-        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
-            matrix.grad = self.as_matrix(weight.grad)
-        super().step()
-
-
-def draw_batch(images, step, o):
-    """Return x0, sigma and noise of one step; they depend on the seed and the step alone, so a run can be resumed."""
-    epoch, position = divmod(step, math.ceil(len(images) / o.batch_size))
-    index = epoch_order(len(images), o.seed, epoch)[position * o.batch_size : (position + 1) * o.batch_size]
+    epoch, position = divmod(step, math.ceil(len(images) / batch_size))
+    index = epoch_order(len(images), seed, epoch)[position * batch_size : (position + 1) * batch_size]
     x0 = images[index.to(images.device)].float() / 255  # (B, 3, H, W)
 
-    rng = generator(o.seed, 1, step, images.device)
-    if o.flip:
+    rng = generator(seed, 1, step, images.device)
+    if flip:
         flipped = torch.rand(len(x0), device=x0.device, generator=rng) < 0.5
         x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
-    # One level from each of B equal slices of log sigma: the same law as independent ones, less variance of the loss.
+    # One quantile from each of B equal slices: the same law as independent ones, less variance of the loss.
     u = (torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device, generator=rng)) / len(x0)
-    sigma = o.sigma_min * (o.sigma_max / o.sigma_min) ** u
-    return x0, sigma, torch.randn(x0.shape, device=x0.device, generator=rng)
+    return x0, law(u), torch.randn(x0.shape, device=x0.device, generator=rng)
 
 
 @functools.lru_cache(maxsize=1)
@@ -137,198 +121,271 @@ def generator(seed, purpose, count, device):
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
-def learning_rate(step, steps, o):
-    rise = min(1, (step + 1) / o.warmup) if o.warmup else 1
-    fall = min(1, (1 - step / steps) / o.decay) if o.decay else 1
-    return o.lr * rise * fall
+def learning_rate(step, steps, lr, warmup, decay):
+    rise = min(1, (step + 1) / warmup) if warmup else 1
+    fall = min(1, (1 - step / steps) / decay) if decay else 1
+    return lr * rise * fall
+
+
+def make_optimizers(model, optimizer, lr):
+    """Return the optimisers that together train the model.
+
+    Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates) replaces the update
+    of a matrix by the nearest orthogonal one, so that all its directions learn at one pace. A convolution is a matrix
+    from the patch it sees to its output channels, a transposed one from its input channels to the patch it makes. The
+    first and the last convolution, which meet the pixels, the biases and what embeds the noise level are left to Adam.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    hidden = [m.weight for m in convolutions[1:-1]] if optimizer == "muon" else []
+    taken = {id(weight) for weight in hidden}
+    adam = torch.optim.Adam([p for p in model.parameters() if id(p) not in taken], lr=lr, fused=True)
+    return [adam, HiddenMuon(hidden, lr=lr)] if hidden else [adam]
+
+
+class HiddenMuon(torch.optim.Muon):
+    """torch's Muon, which takes matrices alone, for convolutions in channels_last: their weights, seen as matrices."""
+
+    def __init__(self, weights, lr):
+        self.weights = weights
+        matrices = [nn.Parameter(self.as_matrix(w.detach())) for w in weights]
+        super().__init__(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    @staticmethod
+    def as_matrix(weight):  # (out, in, height, width) -> (out, height * width * in); `view` refuses to copy
+        return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
+    def step(self):
+        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
+            assert matrix.data_ptr() == weight.data_ptr(), "the weights have moved in memory since the optimiser was made"
+            matrix.grad = self.as_matrix(weight.grad)
+        super().step()
 
 
 @torch.no_grad()
 def validate(model, images, sigmas):
-    """Return for each noise level the mean over images of the one-step PSNR in dB.
+    """Return {noise level: mean over images of the one-step PSNR in dB}.
 
     images: uint8 (N, 3, H, W). The noise is the same every time, one field for all levels.
     """
     n, _, height, width = images.shape
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((n, height, width, 3))).permute(0, 3, 1, 2)
-    means = []
+    means = {}
     for sigma in sigmas:
         quality = []
         for batch, z in zip(images.split(100), noise.split(100)):
             x0 = batch.float() / 255
             y = x0 + sigma * z.to(x0.device, torch.float32)
             quality.append(utils.psnr(model(y, sigma), x0))
-        means.append(torch.cat(quality).mean().item())
+        means[sigma] = torch.cat(quality).mean().item()
     return means
 
 
-def check_options(o):
-    for name in ("epochs", "batch_size", "lr", "val_images", "log_steps", "save_minutes"):
-        if not getattr(o, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(o, name)}")
-    if o.warmup < 0:
-        raise ValueError(f"--warmup must not be negative, not {o.warmup}")
-    if o.optimizer not in ("muon", "adam"):
-        raise ValueError(f"--optimizer must be muon or adam, not '{o.optimizer}'")
-    for name in ("decay", "ema"):
-        if not 0 <= getattr(o, name) <= 1:
-            raise ValueError(f"--{name} must lie between 0 and 1, not {getattr(o, name)}")
+# -----------------------------------------------------------------------------
+# What is kept between steps
+# -----------------------------------------------------------------------------
 
 
-def check_resumable(state, o, fingerprint, path):
-    """Raise ValueError where going on from `state` would mix two different trainings."""
-    if not {"options", "fingerprint", "step", "optimizers"} <= state.keys():
-        raise ValueError(f"'{path}' is not what a training goes on from: delete it, or choose another --name")
+class Training:
+    """What a training keeps between steps: one that was saved and loaded ends as if it had not stopped.
+
+    images: how many there are in an epoch. made_with: options and other plain values that must not change on the way.
+    """
+
+    def __init__(self, model, optimizers, images, batch_size, made_with):
+        self.model, self.averaged, self.optimizers = model, copy.deepcopy(model), optimizers
+        self.images, self.batch_size, self.made_with = images, batch_size, made_with
+        self.step, self.loss_sum = 0, torch.zeros((), device=next(model.parameters()).device)
+        self.losses, self.psnrs = [], []  # [step, mean loss since the one before], [step, {level: PSNR}]
+        self.seconds, self.saved, self.clock = 0.0, 0.0, time.perf_counter()
+
+    @property
+    def epoch_steps(self):
+        return math.ceil(self.images / self.batch_size)
+
+    @property
+    def images_seen(self):
+        return self.step // self.epoch_steps * self.images + self.step % self.epoch_steps * self.batch_size
+
+    @torch.no_grad()
+    def count(self, loss, ema):
+        """Note a step that was made: its time, its loss, and its weights in their average, short at first to forget the start."""
+        now = time.perf_counter()
+        self.step, self.seconds, self.clock = self.step + 1, self.seconds + now - self.clock, now
+        self.loss_sum += loss.detach()
+        decay = min(ema, self.step / (self.step + 9))
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def mean_loss(self):
+        """Return the mean loss since the last one logged; raises ValueError where it, or a weight, shows a divergence."""
+        loss = self.loss_sum.item() / max(1, self.step - (self.losses[-1][0] if self.losses else 0))
+        lowest = min((value for _, value in self.losses), default=math.inf)
+        if not (math.isfinite(loss) and loss <= 10 * lowest and all(p.isfinite().all() for p in self.model.parameters())):
+            what = f"a loss of {loss:.3g} after one of {lowest:.3g}, or a weight that is not finite"
+            raise ValueError(f"the training diverged before step {self.step}: {what}; what was saved is kept, lower --lr")
+        return loss
+
+    def log_loss(self):
+        self.losses.append([self.step, self.mean_loss()])
+        self.loss_sum.zero_()
+        return self.losses[-1][1]
+
+    def save(self, path):
+        self.mean_loss()
+        kept = {name: getattr(self, name) for name in ("made_with", "step", "seconds", "losses", "psnrs", "loss_sum")}
+        kept |= {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
+        utils.save_checkpoint(path, kept | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+        self.saved = self.seconds
+
+    def load(self, path):
+        """Go on from what `save` wrote; raises ValueError where that is another training, or none."""
+        kept, advice = load_checkpoint(path), "choose another --name, or delete it"
+        try:
+            for name, value in self.made_with.items():
+                if kept["made_with"][name] != value:
+                    raise ValueError(f"it was made with {name} {kept['made_with'][name]}, not {value}")
+            restore(self.model, kept["model"])
+            restore(self.averaged, kept["averaged"])
+            for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.step, self.seconds, self.losses, self.psnrs = (
+                int(kept["step"]),
+                float(kept["seconds"]),
+                kept["losses"],
+                kept["psnrs"],
+            )
+            self.loss_sum.copy_(kept["loss_sum"])
+            self.mean_loss()
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"cannot go on from '{path}' ({type(error).__name__}: {error}): {advice}") from None
+        self.saved = self.seconds
+
+
+# -----------------------------------------------------------------------------
+# The recipe
+# -----------------------------------------------------------------------------
+
+
+def check_constants():
+    for name in ("EPOCHS", "BATCH_SIZE", "LR", "CLIP", "VAL_IMAGES", "LOG_STEPS", "SAVE_MINUTES"):
+        utils.check(globals()[name] > 0, name, globals()[name], "must be positive")
+    for name in ("DECAY", "EMA"):
+        utils.check(0 <= globals()[name] <= 1, name, globals()[name], "must lie between 0 and 1")
+    utils.check(0 < TAILS < 0.5, "TAILS", TAILS, "must lie between 0 and 0.5")
+    utils.check(re.fullmatch(r"\w[\w.-]{0,99}", NAME), "NAME", repr(NAME), "must be up to 100 letters, digits, '.', '-' and '_'")
+    utils.check(WARMUP >= 0, "WARMUP", WARMUP, "must not be negative")
+    utils.check(OPTIMIZER in ("muon", "adam"), "OPTIMIZER", OPTIMIZER, "must be muon or adam")
+
+
+def read_data(device):
+    """Return the images to train on, to validate with, and to test with at the end: uint8 (N, 3, 32, 32) each, or None."""
+    images = utils.read_patches(DATA, DATA_DIR).to(device)  # all of CIFAR-10 is 150 MB, so a batch is one indexing operation
+    if len(images) <= VAL_IMAGES:
+        raise ValueError(f"--val-images {VAL_IMAGES} leaves none of the {len(images)} images of '{DATA}' to train on")
+    test = utils.read_patches(TEST, DATA_DIR, train=False)[:1000].to(device) if TEST != "none" else None
+    return images[:-VAL_IMAGES], images[-VAL_IMAGES:], test
+
+
+def fixed_options(train):
+    """Return by name what a training must not change when it goes on."""
     free = ("epochs", "lr", "save_minutes", "device", "precision", "data", "data_dir", "test", "name")
-    for name, old in state["options"].items():
-        if name not in free and getattr(o, name) != old:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"'{path}' was made with {option} {old}, not {getattr(o, name)}: choose another --name, or delete it"
-            )
-    if state["fingerprint"] != fingerprint:
-        raise ValueError(f"'{path}' was made with other images than those of '{o.data}': choose another --name, or delete it")
+    fixed = {f"--{name.replace('_', '-')}": value for name, value in utils.options(globals()).items() if name not in free}
+    return fixed | {"images of the checksum": zlib.crc32(train.cpu().numpy())}
 
 
-def main(o):
-    check_options(o)
-    sigmas = [s for s in o.val_sigmas if o.sigma_min <= s <= o.sigma_max] or [o.sigma_max]
+def initial_weights(model, path):
+    """Give the model the weights of a checkpoint; return how many images, in how many hours, made them."""
+    init = load_model(utils.find(path))
+    if init.config != model.config:
+        raise ValueError(f"--init '{path}' is another network: {init.config}, not {model.config}")
+    model.load_state_dict(init.state_dict())
+    try:
+        return {name: init.info[name] + init.info.get("earlier", {}).get(name, 0) for name in ("images_seen", "hours")}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"--init '{path}' does not say how long it was trained") from None
 
-    device = utils.pick_device(o.device)
-    bfloat16 = utils.pick_bfloat16(o.precision, device)
-    torch.manual_seed(o.seed)
-    model = ScoreModel(o.network, o.sigma_min, o.sigma_max, o.widths, o.blocks, bfloat16).to(device)
-    earlier = {"images_seen": 0, "hours": 0.0}  # by the trainings that led to the weights this one starts from
-    if o.init != "none":
-        init = load_model(o.init)
-        if init.config != model.config:
-            raise ValueError(f"--init '{o.init}' is another network: {init.config}, not {model.config}")
-        model.load_state_dict(init.state_dict())
-        earlier = {name: init.info[name] + init.info.get("earlier", earlier)[name] for name in earlier}
-    averaged = ScoreModel(**model.config, bfloat16=bfloat16).to(device)
-    averaged.load_state_dict(model.state_dict())
-    optimizers = make_optimizers(model, o)
 
-    path, resume_path = Path("checkpoints", f"{o.name}.pt"), Path("checkpoints", f"{o.name}_resume.pt")
-    if path.exists() and not resume_path.exists():
-        raise ValueError(f"'{path}' exists and has no '{resume_path.name}' to go on from: choose another --name")
-    images = utils.read_patches(o.data, o.data_dir)
-    if o.val_images >= len(images):
-        raise ValueError(f"--val-images {o.val_images} leaves none of the {len(images)} images of '{o.data}' to train on")
-    test = None if o.test == "none" else utils.read_patches(o.test, o.data_dir, train=False)[:1000].to(device)
-    fingerprint = zlib.crc32(images.numpy())
-    images = images.to(device)  # as uint8 all of CIFAR-10 is 150 MB, so a batch is one indexing operation
-    train, val = images[: -o.val_images], images[-o.val_images :]
+def start(training, network, resume, steps):
+    """Go on from the last save, if there is one; raises ValueError where nothing is left to do, or a network would be lost."""
+    if resume.exists():
+        training.load(resume)
+    elif network.exists():
+        raise ValueError(f"'{network}' exists and has no '{resume.name}' to go on from: choose another --name")
+    try:
+        complete = training.step >= steps and load_model(network).info["images_seen"] == training.images_seen
+    except (OSError, ValueError, KeyError):
+        complete = False  # stopped between its last two files: the network is written again
+    if complete:
+        raise ValueError(f"'{network}' is trained for {EPOCHS} epochs already: give more --epochs to go on")
 
-    figure_path = Path("figures", f"{o.name}_training.png")
-    start, seconds, loss_sum = 0, 0.0, torch.zeros((), device=device)
-    history = {"sigmas": sigmas, "steps": [], "loss": [], "psnr_steps": [], "psnr": []}
-    if resume_path.exists():
-        state = utils.load_checkpoint(resume_path)
-        check_resumable(state, o, fingerprint, resume_path)
-        model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["averaged"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        start, seconds, history = state["step"], state["seconds"], state["history"]
-        loss_sum += state["loss_sum"]
 
-    steps_per_epoch = math.ceil(len(train) / o.batch_size)
-    steps = o.epochs * steps_per_epoch
-    if start >= steps:
-        raise ValueError(f"'{path}' is trained for {o.epochs} epochs already: give more --epochs to go on")
-    parameters = sum(p.numel() for p in model.parameters())
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def save(training, network, resume, figure, info):
+    """Write what the training goes on from, then the network and the figure, which the next start can make again."""
+    training.save(resume)
+    info |= {"images_seen": training.images_seen, "epochs": training.step / training.epoch_steps}
+    info |= {"hours": training.seconds / 3600, "val_psnr": training.psnrs[-1][1] if training.psnrs else {}}
+    weights = training.averaged.state_dict()
+    utils.save_checkpoint(network, {"config": training.model.config, "weights": weights, "info": info})
+    utils.plot_training(figure, training.losses, training.psnrs, training.images / training.epoch_steps)
+
+
+def in_words(psnr):
+    return "PSNR " + "  ".join(f"{value:.2f} dB at {sigma:g}" for sigma, value in psnr.items())
+
+
+def main():
+    check_constants()
+    device = utils.pick_device(DEVICE)
+    torch.manual_seed(SEED)
+    model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, utils.pick_bfloat16(PRECISION, device)).to(
+        device
     )
-    print(
-        f"{o.network}, {parameters:,} parameters, on {hardware} in {'bfloat16' if bfloat16 else 'float32'}; "
-        f"{len(train):,} training images, {o.epochs} epochs of {steps_per_epoch} steps"
-        + (f"; going on from step {start}" if start else "")
+    earlier = initial_weights(model, INIT) if INIT != "none" else {}
+    train, val, test = read_data(device)
+    training = Training(model, make_optimizers(model, OPTIMIZER, LR), len(train), BATCH_SIZE, fixed_options(train))
+    steps, sigmas = EPOCHS * training.epoch_steps, [s for s in VAL_SIGMAS if SIGMA_MIN <= s <= SIGMA_MAX] or [SIGMA_MAX]
+    info = {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "earlier": earlier}
+    info |= {"hardware": utils.hardware(device), "torch": str(torch.__version__), "test_psnr": {}}
+    law = functools.partial(noise_law, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, tails=TAILS)
+    network, resume, figure = (
+        Path(f"checkpoints/{NAME}.pt"),
+        Path(f"checkpoints/{NAME}_resume.pt"),
+        Path(f"figures/{NAME}_training.png"),
     )
 
-    def seen(step):
-        return step // steps_per_epoch * len(train) + step % steps_per_epoch * o.batch_size
+    with utils.only_process(network, resume, figure), utils.stop_signals() as stop:
+        start(training, network, resume, steps)
+        print(
+            f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {info['hardware']}; {len(train):,} "
+            f"training images, {EPOCHS} epochs of {training.epoch_steps} steps, from step {training.step}"
+        )
+        with tqdm(total=EPOCHS * len(train), initial=training.images_seen, unit="img", unit_scale=True, smoothing=0.05) as bar:
+            while training.step < steps and not stop:
+                x0, sigma, noise = draw_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED)
+                loss = denoising_loss(model, x0, sigma, noise)
+                model.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                for optimizer in training.optimizers:
+                    optimizer.param_groups[0]["lr"] = learning_rate(training.step, steps, LR, WARMUP, DECAY)
+                    optimizer.step()
+                training.count(loss, EMA)
 
-    def finite(loss, step):
-        if not (math.isfinite(loss.item()) and all(p.isfinite().all() for p in model.parameters())):
-            bar.close()
-            raise ValueError(
-                f"the loss or a weight is not finite at step {step}; the checkpoint is as last saved: lower --lr {o.lr}"
-            )
-        return loss.item()
-
-    def save(step):
-        state = {"loss_sum": finite(loss_sum, step), "step": step, "seconds": seconds + time.perf_counter() - started}
-        state |= {"history": history, "options": vars(o), "fingerprint": fingerprint}
-        state |= {"model": model.state_dict(), "averaged": averaged.state_dict()}
-        state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        utils.save_checkpoint(resume_path, state)
-        info = {
-            "data": o.data, "training_images": len(train), "images_seen": seen(step), "epochs": step / steps_per_epoch,
-            "hours": state["seconds"] / 3600, "earlier": earlier, "hardware": hardware, "torch": str(torch.__version__),
-            "options": vars(o), "val_psnr": dict(zip(sigmas, history["psnr"][-1])) if history["psnr"] else {},
-            "test_psnr": test_psnr,
-        }  # fmt: skip
-        utils.save_checkpoint(path, {"config": model.config, "weights": averaged.state_dict(), "info": info})
-        if history["psnr"]:
-            utils.plot_training(figure_path, history, len(train) / steps_per_epoch)
-
-    stop = []  # a signal only notes itself here, so that no step is cut in half
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
-    started = last_save = time.perf_counter()
-    test_psnr = {}
-    bar = tqdm(total=seen(steps), initial=seen(start), unit="img", unit_scale=True, smoothing=0.05)
-    for step in range(start + 1, steps + 1):
-        x0, sigma, noise = draw_batch(train, step - 1, o)
-        loss = denoising_loss(model, x0, sigma, noise)
-        model.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, o)
-            optimizer.step()
-        with torch.no_grad():
-            decay = min(o.ema, step / (step + 9))  # the first averages are short, to forget the start
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-        loss_sum += loss.detach()
-        bar.update(len(x0))
-
-        if step % o.log_steps == 0:
-            history["steps"].append(step)
-            history["loss"].append(finite(loss_sum, step) / o.log_steps)
-            check_falling(history["loss"], step, o)
-            loss_sum.zero_()
-            bar.set_postfix(loss=f"{history['loss'][-1]:.4f}")
-        if step % steps_per_epoch == 0:
-            history["psnr_steps"].append(step)
-            history["psnr"].append(validate(averaged, val, sigmas))
-            bar.write(f"epoch {step // steps_per_epoch}: validation PSNR {in_words(sigmas, history['psnr'][-1])}")
-        if step == steps and test is not None:
-            test_psnr = dict(zip(sigmas, validate(averaged, test, sigmas)))
-            bar.write(f"test PSNR {in_words(sigmas, test_psnr.values())}")
-        if step == steps or stop or time.perf_counter() - last_save > 60 * o.save_minutes:
-            save(step)
-            last_save = time.perf_counter()
-        if stop and step < steps:
-            bar.close()
-            print(f"stopped after step {step} of {steps}, saved in '{resume_path}': run the same command to go on")
-            sys.exit(130)
-    bar.close()
-    print(f"{seen(steps):,} images seen; wrote '{path}' and '{figure_path}'")
-
-
-def check_falling(losses, step, o):
-    """Raise ValueError where the last of the averaged losses is above ten times the lowest of them: a divergence."""
-    if losses[-1] > 10 * min(losses):
-        rise = f"from {min(losses):.3g} to {losses[-1]:.3g} at step {step}"
-        raise ValueError(f"the loss rose {rise}; the checkpoint is as last saved: lower --lr {o.lr}")
-
-
-def in_words(sigmas, values):
-    return "  ".join(f"{value:.2f} dB at {sigma:g}" for sigma, value in zip(sigmas, values))
+                bar.update(len(x0))
+                if training.step % LOG_STEPS == 0:
+                    bar.set_postfix(loss=f"{training.log_loss():.4f}")
+                if training.step % training.epoch_steps == 0:
+                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, sigmas)])
+                    bar.write(f"epoch {training.step // training.epoch_steps}: validation {in_words(psnr)}")
+                if training.seconds - training.saved > 60 * SAVE_MINUTES:
+                    save(training, network, resume, figure, info)
+            if training.step == steps and test is not None:
+                info["test_psnr"] = validate(training.averaged, test, sigmas)
+                bar.write(f"test {in_words(info['test_psnr'])}")
+            save(training, network, resume, figure, info)
+    if training.step < steps:
+        print(f"stopped after step {training.step} of {steps}, saved in '{resume}': run the same command to go on")
+        sys.exit(130)
+    print(f"{training.images_seen:,} images seen; wrote '{network}' and '{figure}'")
 
 
 if __name__ == "__main__":

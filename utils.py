@@ -3,8 +3,12 @@
 import argparse
 import contextlib
 import csv
+import fcntl
+import math
 import os
+import platform
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -12,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import skimage
 import torch
+from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from skimage.metrics import structural_similarity
 from torchvision.datasets import CIFAR10
 
@@ -22,13 +27,17 @@ from torchvision.datasets import CIFAR10
 # -----------------------------------------------------------------------------
 
 
-def parse_options(constants, arguments=None):
-    """Make every upper-case constant of a script an option of the same name, and read the command line.
+def options(constants):
+    """Return the upper-case constants of a script, its globals(), under the names of their options but for the dashes."""
+    return {name.lower(): value for name, value in constants.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)}
+
+
+def set_options(constants, arguments=None):
+    """Set the upper-case constants of a script, its globals(), to what the command line gives.
 
     `BATCH_SIZE = 64  # images per step` becomes `--batch-size`, of the constant's type, with the comment as its
     help. A tuple takes one or more values, a bool becomes --flag and --no-flag, and a constant that is None takes
-    a number or "none". constants: the script's globals(). Returns a namespace with lower-case names; a wrong
-    option prints one line and exits with code 2.
+    a number or "none". A wrong option prints one line and exits with code 2.
     """
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = .*?  # (.*)$", source, re.MULTILINE))
@@ -36,11 +45,9 @@ def parse_options(constants, arguments=None):
         description=constants["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = lambda message: _fail(parser.prog, f"{message}; see --help")  # without the usage of 30 options
-    for name, value in constants.items():
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
-            continue
+    for name, value in options(constants).items():
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is None else value
-        option = {"default": value, "help": f"{comments.get(name, '')} [{shown}]".replace("%", "%%")}
+        option = {"default": value, "help": f"{comments.get(name.upper(), '')} [{shown}]".replace("%", "%%")}
         if isinstance(value, bool):
             option["action"] = argparse.BooleanOptionalAction
         elif value is None:
@@ -49,26 +56,36 @@ def parse_options(constants, arguments=None):
             example = value[0] if isinstance(value, tuple) else value
             metavar = {int: "INT", float: "NUMBER", str: "TEXT"}[type(example)]
             option.update(type=type(example), metavar=metavar, nargs="+" if isinstance(value, tuple) else None)
-        parser.add_argument("--" + name.lower().replace("_", "-"), **option)
-    options = parser.parse_args(arguments)
-    return argparse.Namespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()})
+        parser.add_argument("--" + name.replace("_", "-"), **option)
+    for name, value in vars(parser.parse_args(arguments)).items():
+        constants[name.upper()] = tuple(value) if isinstance(value, list) else value
 
 
 def _number_or_none(text):
     try:
-        return None if text.lower() == "none" else float(text)
+        return None if text.lower() == "none" else int(text) if text.isdecimal() else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"neither a number nor none: '{text}'") from None
 
 
+def check(condition, name, value, words):
+    """Raise ValueError, in the words of the option, unless the condition on the constant of that name holds."""
+    if not condition:
+        raise ValueError(f"--{name.lower().replace('_', '-')} {words}, not {value}")
+
+
 def run_script(main, constants):
-    """Run main(options) of a script: bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """Set the constants of a script and run its main(): bad input is one line on stderr and exit code 2, Ctrl-C is code 130."""
+    script = Path(constants["__file__"]).name
     try:
-        main(parse_options(constants))
+        set_options(constants)
+        main()
     except (ValueError, OSError) as error:
-        _fail(Path(constants["__file__"]).name, error)
-    except (MemoryError, torch.OutOfMemoryError):
-        _fail(Path(constants["__file__"]).name, "out of memory: take fewer or smaller images at a time (see the batch option)")
+        _fail(script, error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _fail(script, "out of memory: take fewer or smaller images at a time, or a smaller network (see the options)")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -83,21 +100,47 @@ def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).cpu()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 
 def pick_bfloat16(precision, device):
     """Whether to run convolutions in bfloat16: as asked, or, with "auto", where the hardware multiplies it. Raises ValueError."""
-    if precision not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"--precision must be auto, bfloat16 or float32, not '{precision}'")
+    check(precision in ("auto", "bfloat16", "float32"), "PRECISION", precision, "must be auto, bfloat16 or float32")
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def hardware(device):
+    """Return in words what a script runs on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def find(path):
+    """Return the path, or that in the project's folder, where only this one exists: scripts find what ships from any folder."""
+    shipped = Path(__file__).resolve().parent / path
+    return shipped if shipped.exists() and not Path(path).exists() else Path(path)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within the block Ctrl-C and SIGTERM only note themselves, in the list it yields, so that no step is cut in half."""
+    received = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------
@@ -274,13 +317,63 @@ def estimate_sigma(image):
 
 
 # -----------------------------------------------------------------------------
+# Around a denoiser
+# -----------------------------------------------------------------------------
+
+
+def tiled(denoiser, pixels, bar=None, halo=96):
+    """Return a denoiser that works in tiles of about `pixels` pixels where x (B, 3, H, W) has more, and moves a progress bar.
+
+    Each tile sees `halo` pixels around it, about the network's reach, and starts on the grid of its attention windows, so
+    the seams differ from the whole by little more than rounding.
+    """
+
+    def in_tiles(x, sigma):
+        height, width = x.shape[2:]
+        size = max(64, math.isqrt(pixels) - 2 * halo) // 32 * 32 if height * width > pixels else max(height, width)
+        out = torch.empty_like(x)
+        for top in range(0, height, size):
+            for left in range(0, width, size):
+                up, back = min(top, halo), min(left, halo)
+                tile = out[:, :, top : top + size, left : left + size]
+                part = x[:, :, top - up : top + size + halo, left - back : left + size + halo]
+                tile[:] = denoiser(part, sigma)[:, :, up : up + size, back : back + size]
+                if bar is not None:
+                    bar.update(tile[:, 0].numel())
+        return out
+
+    return in_tiles
+
+
+class Film:
+    """A denoiser that counts its calls and keeps, of the first `count` images, what it was asked and what it said.
+
+    So any sampler can be filmed. frames: [(sigma, x, denoised)], the middle of each image at most, on the device of x.
+    """
+
+    def __init__(self, denoiser, count, size=256):
+        self.denoiser, self.count, self.size = denoiser, count, size
+        self.calls, self.frames = 0, []
+
+    def __call__(self, x, sigma):
+        denoised = self.denoiser(x, sigma)
+        self.calls += 1
+        if self.count:
+            self.frames.append((float(sigma), *(crop(z[: self.count], self.size).clone() for z in (x, denoised))))
+        return denoised
+
+
+# -----------------------------------------------------------------------------
 # Files
 # -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`, and move it into place only if the block ends without an exception."""
+    """Yield a temporary path beside `path`, and move it into place only if the block ends without an exception.
+
+    Raises OSError, also where a library says in its own way that it could not write.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}_", suffix=path.suffix)
@@ -289,8 +382,31 @@ def replacing(path):
         yield temporary
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"'{path}' cannot be written ({error}); what was there before is unchanged") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_process(*paths):
+    """Make sure, before any work, that these files can be written, and by one process at a time; remove what a crash left.
+
+    Raises OSError if a folder is not writable, and ValueError if another process holds the first path.
+    """
+    for path in paths:
+        with replacing(path.parent / f"{path.stem}.tmp"):
+            pass
+        (path.parent / f"{path.stem}.tmp").unlink()
+    with open(paths[0].parent / f".{paths[0].stem}.lock", "w", encoding="utf-8") as lock:  # held while the process lives
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is writing '{paths[0]}': wait for it, or choose another name") from None
+        for path in paths:
+            for leftover in path.parent.glob(f".{path.stem}_????????{path.suffix}"):
+                leftover.unlink()
+        yield
 
 
 def save_checkpoint(path, checkpoint):
@@ -299,24 +415,18 @@ def save_checkpoint(path, checkpoint):
         torch.save(checkpoint, temporary)
 
 
-def load_checkpoint(path):
-    """Read what save_checkpoint wrote; raises ValueError if the file is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive or pickle can raise
-        raise ValueError(f"'{path}' is damaged ({type(error).__name__}): delete it, or choose another name") from None
-
-
 def save_image(path, x):
     """Write a (3, H, W) image in [0, 1], clipped and rounded, as 8-bit PNG."""
     with replacing(path) as temporary:
-        Image.fromarray(_to_uint8(x.permute(1, 2, 0).cpu().numpy())).save(temporary, "PNG")
+        Image.fromarray(to_array(x)).save(temporary, "PNG")
 
 
 def save_csv(path, rows):
-    """Write rows of values as comma-separated text."""
+    """Write rows, dictionaries by column, as comma-separated text."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def save_figure(path, figure):
@@ -326,86 +436,116 @@ def save_figure(path, figure):
 
 
 # -----------------------------------------------------------------------------
+# Tables
+# -----------------------------------------------------------------------------
+
+
+def table(rows):
+    """Return rows, dictionaries by column, as an aligned Markdown table; a column that a row lacks is empty there."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    digits = {"PSNR": 2, "SSIM": 3, "sigma": 4, "seconds": 4}
+
+    def cell(column, value):
+        places = next((n for word, n in digits.items() if word in column), 3)
+        return f"{value:.{places}f}" if isinstance(value, float) else str(value)
+
+    cells = [columns, *([cell(column, row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    left = [all(isinstance(row.get(column, ""), str) for row in rows) for column in columns]
+    lines = [[c.ljust(w) if text else c.rjust(w) for c, w, text in zip(line, widths, left)] for line in cells]
+    lines.insert(1, ["-" * w if text else "-" * (w - 1) + ":" for w, text in zip(widths, left)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def means(rows, key, **labels):
+    """Return for each value of rows[key] one row: the labels, and the mean of every column of numbers."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return [
+        {c: labels.get(c, v if isinstance(v, str) else float(np.mean([row[c] for row in group]))) for c, v in group[0].items()}
+        for group in groups.values()
+    ]
+
+
+# -----------------------------------------------------------------------------
 # Figures
 # -----------------------------------------------------------------------------
 
 
-def plot_training(path, history, images_per_step):
-    """Draw the loss, and the validation PSNR per noise level relative to the end, against the images seen.
+def plot_training(path, losses, psnrs, images_per_step):
+    """Draw the loss, and the validation PSNR, against the images seen.
 
-    history: {"steps": [...], "loss": [...], "psnr_steps": [...], "psnr": [[one value per level], ...], "sigmas": [...]}.
+    losses: [[step, loss], ...]. psnrs: [[step, {noise level: PSNR}], ...].
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(np.array(history["steps"]) * images_per_step / 1e6, history["loss"], color="black", linewidth=0.8)
-    left.set(title="training loss", ylabel="weighted denoising error", yscale="log")
-    left.yaxis.set_major_formatter("{x:.3g}")
-    left.yaxis.set_minor_formatter("{x:.3g}")
-    curves = np.array(history["psnr"])
-    for sigma, curve in zip(history["sigmas"], curves.T):
-        label = f"$\\sigma$ = {sigma:g}: {curve[-1]:.2f} dB"
-        right.plot(np.array(history["psnr_steps"]) * images_per_step / 1e6, curve - curve[-1], marker=".", label=label)
-    right.set(title="validation, one step", ylabel="PSNR relative to the last, dB")
-    right.legend(title="noise level: last value", fontsize=8)
-    for axes in (left, right):
-        axes.set(xlabel="images seen, millions")
-        axes.grid(alpha=0.3)
+    axes = figure.subplots(1, 2)
+    if losses:
+        steps, values = np.array(losses).T
+        axes[0].plot(steps * images_per_step / 1e6, values, color="black", linewidth=0.8)
+        axes[0].set(ylim=(min(values) * 0.98, np.median(values) * 1.5))
+    for sigma in psnrs[-1][1] if psnrs else []:
+        curve = np.array([[step, psnr[sigma]] for step, psnr in psnrs])
+        axes[1].plot(curve[:, 0] * images_per_step / 1e6, curve[:, 1], marker=".")
+        axes[1].annotate(
+            f" $\\sigma$ {sigma:g}: {curve[-1, 1]:.2f}", (curve[-1, 0] * images_per_step / 1e6, curve[-1, 1]), fontsize=8
+        )
+    axes[0].set(title="training loss", ylabel="error / typical error of its noise level")
+    axes[1].set(title="validation", ylabel="PSNR of one step, dB")
+    axes[1].margins(x=0.2)
+    for panel in axes:
+        panel.set(xlabel="images seen, millions")
+        panel.grid(alpha=0.3)
     save_figure(path, figure)
 
 
-def middle(x, size=256):
-    """Return a copy of the middle of a (3, H, W) image, at most size x size: what a figure has room for."""
-    top, left = max(0, x.shape[1] - size) // 2, max(0, x.shape[2] - size) // 2
-    return x[:, top : top + size, left : left + size].clone()
-
-
-def thumbnail(x):
-    """Return the middle of a (3, H, W) image as a uint8 (H, W, 3) array."""
-    return _to_uint8(middle(x).permute(1, 2, 0).cpu().numpy())
-
-
-def plot_grid(path, rows, tile=128):
-    """Draw rows of (title, uint8 image, caption), each image pixel a whole number of screen pixels; titles of the first row."""
-    height, width = (max(image.shape[axis] for row in rows for _, image, _ in row) for axis in (0, 1))
-    scale = max(1, round(tile / max(height, width)))
-    columns, gap, text = max(map(len, rows)), 6, 18
-    pixels = (columns * (width * scale + gap) + gap, len(rows) * (height * scale + text) + text + gap)
-    figure = Figure(figsize=(pixels[0] / 100, pixels[1] / 100), dpi=100)
-    for r, row in enumerate(rows):
-        for c, (title, image, caption) in enumerate(row):
-            h, w = image.shape[0] * scale, image.shape[1] * scale
-            x, y = gap + c * (width * scale + gap), text + gap + r * (height * scale + text)
-            axes = figure.add_axes([x / pixels[0], 1 - (y + h) / pixels[1], w / pixels[0], h / pixels[1]])
-            axes.imshow(image, interpolation="nearest", aspect="auto")
-            axes.set_axis_off()
-            middle = (x + w / 2) / pixels[0]
-            figure.text(middle, 1 - (y + h + text / 2) / pixels[1], caption, ha="center", va="center", fontsize=8)
-            if r == 0:
-                figure.text(middle, 1 - (text + gap) / 2 / pixels[1], title, ha="center", va="center", fontsize=9)
+def plot_pictures(path, rows, detail=40):
+    """Draw rows of (title, (3, H, W) image, caption); below pictures larger than 64 pixels stands their middle, enlarged."""
+    grid = []
+    for row in rows:
+        grid.append([(title, crop(image, 256), caption) for title, image, caption in row])
+        if max(row[0][1].shape[1:]) > 64:
+            grid.append([("", crop(image, detail), "") for _, image, _ in row])
+    columns = max(map(len, grid))
+    figure = Figure(figsize=(1.6 * columns, 1.75 * len(grid) + 0.2), layout="constrained")
+    for axes, panels in zip(figure.subplots(len(grid), columns, squeeze=False), grid):
+        for panel, (title, image, caption) in zip(axes, panels):
+            panel.imshow(to_array(image), interpolation="nearest")
+            panel.set_title(title if panels is grid[0] else "", fontsize=9)
+            panel.set_xlabel(caption, fontsize=8)
+            panel.set(xticks=[], yticks=[])
+        for panel in axes[len(panels) :]:
+            panel.set_axis_off()
     save_figure(path, figure)
 
 
-def save_animation(path, strips, tile=128, most=30):
-    """Write a GIF of the states x_t (above) and the estimates of x0 from them (below), one column per image.
+def save_animation(path, films, most=30):
+    """Write a GIF of the states (above) and the estimates of x0 from them (below), a column for each picture.
 
-    strips: per image a list of (sigma, state, estimate), uint8 (H, W, 3) each; at most `most` of them are shown.
+    films: per picture a list of (sigma, state, estimate), images (3, H, W); at most `most` of them are shown.
     """
-    longest = max(map(len, strips))
-    picked = np.unique(np.linspace(0, longest - 1, min(most, longest)).round().astype(int))
-    height, width = (max(strip[0][1].shape[axis] for strip in strips) for axis in (0, 1))
-    scale, gap, text = max(1, round(tile / max(height, width))), 4, 20
-    font, frames = ImageFont.load_default(13), []
-    for k in picked:
-        page = Image.new("RGB", (len(strips) * (width * scale + gap) + gap, 2 * (height * scale + gap + text)), "white")
-        draw = ImageDraw.Draw(page)
-        levels = sorted({f"{strip[min(k, len(strip) - 1)][0]:.3f}" for strip in strips})
-        draw.text((gap, 2), f"state, noise level {' to '.join(levels[:: max(1, len(levels) - 1)])}", "black", font)
-        draw.text((gap, 2 + height * scale + gap + text), "estimate of the clean image", "black", font)
-        for c, strip in enumerate(strips):
-            for r, image in enumerate(strip[min(k, len(strip) - 1)][1:]):
-                tile_image = Image.fromarray(image)
-                tile_image = tile_image.resize((tile_image.width * scale, tile_image.height * scale), Image.Resampling.NEAREST)
-                page.paste(tile_image, (gap + c * (width * scale + gap), text + r * (height * scale + gap + text)))
-        frames.append(page)
-    with replacing(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=[100] * (len(frames) - 1) + [2000], loop=0)
+    longest = max(map(len, films))
+    figure = Figure(figsize=(1.8 * len(films), 4.2), layout="constrained")
+    axes = figure.subplots(2, len(films), squeeze=False)
+    writer = PillowWriter(fps=8)
+    with replacing(path) as temporary, writer.saving(figure, temporary, dpi=80):
+        for k in [*np.unique(np.linspace(0, longest - 1, min(most, longest)).round().astype(int)), *[longest - 1] * 10]:
+            for column, film in zip(axes.T, films):
+                sigma, *images = film[min(k, len(film) - 1)]
+                for panel, image, title in zip(column, images, (f"state, $\\sigma$ = {sigma:.3f}", "estimate")):
+                    panel.clear()
+                    panel.imshow(to_array(crop(image, 256)), interpolation="nearest")
+                    panel.set_title(title, fontsize=9)
+                    panel.set_axis_off()
+            writer.grab_frame()
+
+
+def crop(x, size):
+    """Return the middle of images (..., H, W), at most size x size."""
+    top, left = max(0, x.shape[-2] - size) // 2, max(0, x.shape[-1] - size) // 2
+    return x[..., top : top + size, left : left + size]
+
+
+def to_array(x):
+    """Return a (3, H, W) image in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
+    return (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

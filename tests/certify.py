@@ -1,21 +1,21 @@
 """Certify the samplers: print how the draws of each compare with what is true of any draw from p(x0 | y).
 
-    python tests/certify.py --input cifar10     # the table of the README, and its figures
+    python tests/certify.py                     # the table of the README, and its figures
     python tests/certify.py --help              # every constant below is an option
 
 For a draw from the posterior: its squared error is twice that of the one-step estimate, the mean of n draws has 1 + 1/n
 times that error, the truth lies in a 50 % interval of the draws half of the time, and y minus the draw is white with
-standard deviation sigma. A sampler ends with one step from the lowest level s, which takes MMSE(s) away: a second row says
-what is true of E[x0 | x_s] for an exact draw x_s. The table holds for the network, and again for a Gaussian random field,
-whose denoiser is exact: what misses there is the sampler's fault, what misses only above the network's. Two figures follow:
-what forgets y as its updates grow in number (figures/forgetting.png), and what texture costs (figures/dial.png).
+standard deviation sigma. A sampler ends with one step from the lowest level s, which takes MMSE(s) away: the row "exact"
+says what is then true, 2 - MMSE(s) / MMSE(sigma). That step also narrows the intervals, the more the lower sigma is: the row
+"state" holds those of the state before it. The same holds for a Gaussian random field, whose denoiser is exact: what misses
+there is the sampler's fault, what misses only above it the network's. Two figures follow: what forgets y as its updates grow
+in number (figures/forgetting.png), and what texture costs (figures/dial.png).
 """
 
-import functools
 from pathlib import Path
 
 import torch
-from benchmark import noisy_pairs, prepare  # first: it also puts the project on the path
+from benchmark import read_model, read_noisy, watched  # first: it also puts the project on the path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -25,18 +25,26 @@ import utils
 # -----------------------------------------------------------------------------
 INPUT = "cifar10"  # "cifar10" (its test images), "samples", or a path; all images of one size
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-COUNT = 8  # images
-DRAWS = 64  # draws an image
-SIGMA = 0.1  # noise level, pixels in [0, 1]
+COUNT = 50  # images
+DRAWS = 19  # draws an image, of samplers with at most FEW_CALLS; 19 make intervals of 50 and 90 % exact
+FEW_CALLS = 20  # network calls of a sampler that can be had often
+FEW_DRAWS = 5  # draws an image of the others
+SIGMAS = (0.05, 0.1, 0.3)  # noise levels, pixels in [0, 1]; the figures are made at the middle one
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network
-STEP_SIZE = 1e-4  # of plain Langevin
-STUDY_STEPS = 400  # Langevin updates followed in the figure of forgetting
-SDE_STEPS = 20  # network calls of the reverse SDE and of the probability-flow ODE in the figures
 SEED = 0  # of the noise (numpy's default_rng) and, plus a number each, of the draws
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 BATCH = 200  # images that go through a network together
 # -----------------------------------------------------------------------------
+
+samplers = {  # label: sampler, noise levels, network calls
+    "`adams`, 10": (sde.adams, 10, 10),
+    "`adams`, 20": (sde.adams, 20, 20),
+    "`reverse_sde`, 100": (sde.reverse_sde, 100, 100),
+    "`ancestral`, 100": (sde.ancestral, 100, 100),
+    "`predictor_corrector`, 99": (sde.predictor_corrector, 50, 99),
+    "`annealed_langevin`, 100": (sde.annealed_langevin, 100, 100),
+}
 
 
 def gaussian_field(shape, seed, device):
@@ -53,160 +61,175 @@ def gaussian_field(shape, seed, device):
     return x0, denoiser
 
 
-def draw(sampler, y, o):
-    """Return DRAWS draws for each image: (DRAWS, B, 3, H, W) on the CPU; every draw has its own seed."""
-    stack, per_batch = [], max(1, o.batch // len(y))
-    for first in range(0, o.draws, per_batch):
-        count = min(per_batch, o.draws - first)
-        seeds = [o.seed + first * len(y) + i for i in range(count * len(y))]
-        stack.append(sampler(y.repeat(count, 1, 1, 1), seeds).unflatten(0, (count, len(y))).cpu())
+def draw(sampler, y, count, batch, seed):
+    """Return `count` draws of sampler(y, noise) for each image, (count, B, 3, H, W) on the CPU; every draw has its own seed."""
+    stack, per_batch = [], max(1, batch // len(y))
+    for first in range(0, count, per_batch):
+        n = min(per_batch, count - first)
+        noise = sde.seeded_noise([seed + first * len(y) + i for i in range(n * len(y))], y.device)
+        stack.append(sampler(y.repeat(n, 1, 1, 1), noise).unflatten(0, (n, len(y))).cpu())
     return torch.cat(stack)
 
 
-def certify(title, denoiser, y, x0, sigma_min, o):
-    """Print how the draws of each sampler compare with what holds for posterior draws; the first row says what that is."""
-    one_step = denoiser(y, o.sigma).cpu()
-    error = ((one_step - x0.cpu()) ** 2).mean().item()
-    few = max(1, o.draws // 4)
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(o.seed + 2)).to(x0)
-    left = ((denoiser(x0 + sigma_min * noise, sigma_min) - x0) ** 2).mean().item()  # MMSE at the last level
-    print(f"\n{title}: {len(y)} images, {o.draws} draws each; one step {utils.psnr(one_step, x0.cpu()).mean():.2f} dB")
-    widths = (18, 5, 9, 9, 9, 6, 6, 7, 7, 8, 8, 8)
+def ratio(errors, references):
+    """Return the ratio of two means over images, and its standard error (the delta method)."""
+    value = errors.mean() / references.mean()
+    return value.item(), ((errors - value * references).std() / references.mean() / len(errors) ** 0.5).item()
 
-    def line(*cells):
-        return "  ".join(f"{c:{'<' if k == 0 else '>'}{w}}" for k, (c, w) in enumerate(zip(cells, widths)))
 
-    counted = ("one draw", f"mean {few}", f"mean {o.draws}")
-    print(line("", "", "error /", "error of", "one step", "cover", "", "y-draw", "", "PSNR dB", "", ""))
-    print(line("sampler", "calls", *counted, "50 %", "90 %", "std/s", "lag 1", *counted))
-    for label, end in (("(posterior draws)", 0.0), ("(ended by a step)", left)):
-        scatter = 1 - end / error
-        expected = [f"{1 + scatter / n:.3f}" for n in (1, few, o.draws)]
-        intervals = [""] * 2 if end else ["0.500", "0.900"]
-        print(line(label, "", *expected, *intervals, f"{(1 - end / o.sigma**2) ** 0.5:.3f}", "" if end else "0.000", "", "", ""))
-    grid = {"sigma_min": sigma_min}
+def coverage(draws, x0, share):
+    """Return how often the truth lies in an interval of n draws that holds a further draw with probability `share`.
+
+    The interval from the k-th smallest to the k-th largest draw does so with (n + 1 - 2 k) / (n + 1); None if no k fits.
+    """
+    k = (1 - share) * (len(draws) + 1) / 2
+    if abs(k - round(k)) > 1e-6 or k < 0.5:
+        return None
+    low, high = draws.kthvalue(round(k), dim=0).values, draws.kthvalue(len(draws) + 1 - round(k), dim=0).values
+    return ((x0 >= low) & (x0 <= high)).double().mean().item()
+
+
+def statistics(draws, x0, y, one_step, sigma):
+    """Return what is known of posterior draws, as columns of a table; draws (N, B, 3, H, W), the others (B, 3, H, W).
+
+    "error of a draw" is that over the error of one_step, with its standard error over images; "of the mean" is the error of
+    the mean of the N draws over (1 + 1/N) times that of one_step, 1 for any posterior.
+    """
+    error = lambda images: ((images - x0) ** 2).mean(dim=(-3, -2, -1))  # noqa: E731
+    value, uncertainty = ratio(error(draws).mean(0), error(one_step))
+    noise = y - draws
+    found = {"error of a draw": value, "±": uncertainty}
+    found["of the mean"] = ratio(error(draws.mean(0)), error(one_step) * (1 + 1 / len(draws)))[0]
+    found |= {f"in {share:.0%}": c for share in (0.5, 0.9) if (c := coverage(draws, x0, share)) is not None}
+    found["(y - draw) / sigma"] = (noise**2).mean().sqrt().item() / sigma
+    found["its lag 1"] = ((noise[..., 1:] * noise[..., :-1]).mean() / (noise**2).mean()).item()
+    return found | {"PSNR dB": utils.psnr(draws.flatten(0, 1), x0.repeat(len(draws), 1, 1, 1)).mean().item()}
+
+
+def certify(denoiser, y, x0, sigma, sigma_min):
+    """Return a row for each sampler, and before them what must be."""
+    truth, observed, one_step = x0.cpu(), y.cpu(), denoiser(y, sigma).cpu()
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED + 2)).to(x0)
+    left = ((denoiser(x0 + sigma_min * noise, sigma_min) - x0) ** 2).mean() / ((one_step - truth) ** 2).mean().to(x0)
     rows = [
-        ("adams", 10, functools.partial(sde.adams, steps=10, **grid)),
-        ("adams", 20, functools.partial(sde.adams, steps=20, **grid)),
-        ("ddim, eta 1", 10, functools.partial(sde.ddim, steps=10, **grid)),
-        ("ddim, eta 1", 100, functools.partial(sde.ddim, steps=100, **grid)),
-        ("Euler-Maruyama", 100, functools.partial(sde.reverse_sde, steps=100, **grid)),
-        ("edm", 51, functools.partial(sde.edm, steps=26, **grid)),
-        ("pred.-corrector", 99, functools.partial(sde.predictor_corrector, steps=50, **grid)),
-        ("annealed Langevin", 100, functools.partial(sde.annealed_langevin, steps=100, **grid)),
-        ("plain Langevin", 100, functools.partial(sde.langevin, steps=100, step_size=o.step_size)),
+        {
+            "sampler, network calls": "*exact*",
+            "error of a draw": 2 - left.item(),
+            "±": "",
+            "of the mean": 1.0,
+            "in 50%": 0.5,
+            "in 90%": 0.9,
+        }
     ]
-    for label, calls, sampler in tqdm(rows, desc=title, leave=False):
-        draws = draw(lambda y, seeds, sampler=sampler: sampler(denoiser, y, o.sigma, generator=seeds), y, o)
-        truth, observed = x0.cpu(), y.cpu()
-        means = [draws, draws[:few].mean(0), draws.mean(0)]
-        ratios = [((mean - truth) ** 2).mean().item() / error for mean in means]
-        coverage = []
-        for share in (0.5, 0.9):
-            # Truth and n draws are exchangeable: n - 1 gaps between the draws hold the truth with probability 1 / (n + 1) each.
-            width = share * (o.draws + 1) / (o.draws - 1)
-            low, high = torch.quantile(draws, torch.tensor([0.5 - width / 2, 0.5 + width / 2]), dim=0)
-            coverage.append(((truth >= low) & (truth <= high)).double().mean().item())
-        noise = observed - draws
-        lag = (noise[..., 1:] * noise[..., :-1]).mean().item() / (noise**2).mean().item()
-        residual = [(noise**2).mean().sqrt().item() / o.sigma, lag]
-        psnr = [torch.stack([utils.psnr(one, truth).mean() for one in draws]).mean().item()]
-        psnr += [utils.psnr(mean, truth).mean().item() for mean in means[1:]]
-        cells = [f"{v:.3f}" for v in ratios + coverage + residual] + [f"{v:.2f}" for v in psnr]
-        tqdm.write(line(label, calls, *cells))
+    for label, (sampler, steps, calls) in tqdm(samplers.items(), leave=False):
+        levels, last = sde.noise_levels(sigma, sigma_min, steps), []
+        count = DRAWS if calls <= FEW_CALLS else FEW_DRAWS
+        asked = watched(denoiser, lambda x, last=last, levels=levels: last.append(x.cpu()))
+        draws = draw(lambda y, noise: sampler(asked, y, levels, noise=noise), y, count, BATCH, SEED)  # noqa: B023
+        rows.append({"sampler, network calls": label, **statistics(draws, truth, observed, one_step, sigma)})
+        if label == "`adams`, 20":  # what it asked last is its state at the lowest level
+            states = torch.cat([x.unflatten(0, (-1, len(y))) for x in last[calls - 1 :: calls]])
+            found = {f"in {share:.0%}": coverage(states, truth, share) for share in (0.5, 0.9)}
+            rows.append(
+                {"sampler, network calls": "its *state* before the last step"} | {k: v for k, v in found.items() if v is not None}
+            )
+    return rows
 
 
-def study_forgetting(path, model, y, x0, o):
+def study_forgetting(path, model, y, x0, sigma):
     """Draw the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
-    error = ((model(y, o.sigma) - x0) ** 2).mean()
-    ratio = lambda x: (((x - x0) ** 2).mean() / error).item()  # noqa: E731
-    common = {"sigma": o.sigma, "steps": 20, "sigma_min": model.sigma_min, "generator": range(o.seed, o.seed + len(y))}
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-
-    plain = []
-    options = {"steps": o.study_steps, "step_size": o.step_size, "generator": common["generator"]}
-    sde.langevin(model, y, o.sigma, callback=lambda step, x_t, *_: plain.append(ratio(x_t)), **options)
-    axes.plot(plain, color="tab:red", linestyle="--", label="plain Langevin (the recipe)")
-    repeats = (1, 2, 4, 8, 16)
-    for label, style, observe in (("naive", "r.-", False), ("exact", "b.-", True)):
-        results = [sde.predictor_corrector(model, y, corrections=c, observe=observe, **common) for c in (0, *repeats)]
-        axes.plot([20 + 19 * c for c in (0, *repeats)], [ratio(x) for x in results], style, label=f"{label} predictor-corrector")
-    results = [sde.annealed_langevin(model, y, **common | {"steps": 20 * c}) for c in repeats]
-    axes.plot([20 * c for c in repeats], [ratio(x) for x in results], "g.-", label="annealed Langevin with the pull of y")
-    axes.axhline(2, color="black", linewidth=1, linestyle=":", label="a draw from the posterior")
-    axes.axhline(1, color="black", linewidth=1, label="one step")
-    axes.set(
-        xlabel="network calls", ylabel="squared error / that of one step", yscale="log", xlim=(0, o.study_steps), ylim=(0.9, 16)
+    error, levels = ((model(y, sigma) - x0) ** 2).mean(), sde.noise_levels(sigma, model.sigma_min, 20)
+    relative = lambda x: (((x - x0) ** 2).mean() / error).item()  # noqa: E731
+    noise = lambda: sde.seeded_noise(range(SEED, SEED + len(y)), y.device)  # noqa: E731
+    plain, repeats = [], (0, 1, 2, 4, 8, 16)
+    sde.langevin(watched(model, lambda x: plain.append(relative(x))), y, sigma, 400, noise=noise())
+    lines = [("plain Langevin (the recipe)", range(len(plain)), plain, {"color": "#D55E00", "linestyle": "--"}, (160, 0.75))]
+    for label, observe, style, place in (
+        ("corrections as published", False, {"color": "#CC79A7", "marker": "s"}, (60, 1.15)),
+        ("corrections with the pull of y", True, {"color": "#0072B2", "marker": "o"}, (215, 1.06)),
+    ):
+        results = [sde.predictor_corrector(model, y, levels, c, observe=observe, noise=noise()) for c in repeats]
+        lines.append((label, [20 + 19 * c for c in repeats], [relative(x) for x in results], style, place))
+    calls = [20 * c for c in repeats[1:]]
+    results = [sde.annealed_langevin(model, y, sde.noise_levels(sigma, model.sigma_min, n), noise=noise()) for n in calls]
+    lines.append(
+        (
+            "annealed Langevin with the pull of y",
+            calls,
+            [relative(x) for x in results],
+            {"color": "#009E73", "marker": "^"},
+            (200, 0.9),
+        )
     )
-    axes.set_yticks([1, 2, 3, 4, 6, 8], [1, 2, 3, 4, 6, 8])
-    axes.set_title(f"What forgets the observation and what keeps it ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for label, x, values, style, (place, factor) in lines:
+        axes.plot(x, values, markersize=4, **style)
+        nearest = min(range(len(x)), key=lambda i: abs(x[i] - place))
+        axes.annotate(label, (place, values[nearest] * factor), color=style["color"], fontsize=8)
+    axes.axhline(2, color="black", linewidth=1, linestyle=":")
+    axes.annotate(
+        "posterior draws (below: too little scatter)", (398, 2), (0, 3), textcoords="offset points", ha="right", fontsize=8
+    )
+    axes.axhline(1, color="black", linewidth=1)
+    axes.annotate("one step", (398, 1), (0, 3), textcoords="offset points", ha="right", fontsize=8)
+    axes.set(xlabel="network calls", ylabel="squared error / that of one step", yscale="log", xlim=(0, 400), ylim=(0.9, 16))
+    axes.set_yticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+    axes.minorticks_off()
+    axes.set_title(f"What forgets the observation and what keeps it ($\\sigma$ = {sigma:g}, {len(y)} images)", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper right", ncols=2)
     utils.save_figure(path, figure)
 
 
-def study_dial(path, model, y, x0, o):
+def study_dial(path, model, y, x0, sigma):
     """Draw high-frequency power, against that of the clean images, over the squared error: the price of texture."""
     frequency = torch.hypot(torch.fft.fftfreq(y.shape[2])[:, None], torch.fft.fftfreq(y.shape[3])[None]).to(y.device)
     power = lambda x: (torch.fft.fft2(x - 0.5).abs() ** 2 * (frequency > 0.25)).sum().item()  # noqa: E731
-    one_step = model(y, o.sigma)
-    error, clean = ((one_step - x0) ** 2).mean(), power(x0)
-    place = lambda x: (((x - x0) ** 2).mean().item() / error.item(), power(x) / clean)  # noqa: E731
-
-    stopped = []
-    for texture in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        stop = o.sigma * (model.sigma_min / o.sigma) ** texture
-        seeds = range(o.seed, o.seed + len(y))
-        stopped.append((f"{texture:g}", place(sde.adams(model, y, o.sigma, o.sde_steps, sigma_min=stop, generator=seeds))))
-    run = functools.partial(sde.adams, model, sigma=o.sigma, steps=o.sde_steps, sigma_min=model.sigma_min)
-    draws = draw(lambda y, seeds: run(y=y, generator=seeds), y, o).to(y.device)
-    averaged = [(str(n), place(draws[:n].mean(0))) for n in (1, 2, 4, 8, 16, 32, 64) if n <= o.draws]
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    error, clean = ((model(y, sigma) - x0) ** 2).mean().item(), power(x0)
+    place = lambda x: (((x - x0) ** 2).mean().item() / error, power(x) / clean)  # noqa: E731
+    levels = lambda texture: sde.noise_levels(sigma, sigma * (model.sigma_min / sigma) ** texture, 20)  # noqa: E731
+    noise = sde.seeded_noise(range(SEED, SEED + len(y)), y.device)
+    stopped = [(f"{t:g}", place(sde.adams(model, y, levels(t), noise=noise))) for t in (0, 0.2, 0.4, 0.6, 1)]
+    draws = draw(lambda y, noise: sde.adams(model, y, levels(1), noise=noise), y, 16, BATCH, SEED).to(y.device)
+    averaged = [(str(n), place(draws[:n].mean(0))) for n in (2, 4, 16)]
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for points, label, side in (
-        (stopped, "SDE stopped early, at this texture", (6, -10)),
-        (averaged, "mean of so many draws", (-6, 6)),
+    for points, style, label, offset in (
+        (stopped, "o-", "reverse SDE stopped early, at this --texture", (0, 7)),
+        (averaged, "s--", "mean of so many draws", (0, -14)),
+        ([("probability-flow ODE", place(sde.adams(model, y, levels(1), eta=0.0)))], "^", None, (0, 8)),
     ):
-        axes.plot(*zip(*[xy for _, xy in points]), marker="o", label=label)
+        axes.plot(
+            *zip(*(xy for _, xy in points)), style, label=label, color={"o": "#0072B2", "s": "#E69F00", "^": "#000000"}[style[0]]
+        )
         for text, xy in points:
-            axes.annotate(text, xy, side, textcoords="offset points", ha="center", fontsize=8)
-    axes.plot(*place(run(y=y, eta=0.0)), "k^", label="probability-flow ODE")
-    axes.axhline(1, color="black", linewidth=1, linestyle=":", label="clean images")
-    axes.set(xlabel="squared error / that of one step", ylabel="high-frequency power / that of clean images")
-    axes.set_title(f"From least error to natural texture ($\\sigma$ = {o.sigma:g}, {len(y)} images)")
+            axes.annotate(text, xy, offset, textcoords="offset points", ha="center", fontsize=8)
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.annotate("clean images", (1.5, 1), (0, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="squared error / that of one step", ylabel="high-frequency power / that of clean images", ylim=(None, 1.12))
+    axes.set_title(f"From least error to natural texture ($\\sigma$ = {sigma:g}, {len(y)} images)", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     utils.save_figure(path, figure)
 
 
-def study_batches(model, y, o):
-    """Print how far the draw of an image in a batch is from the one with the same seed alone, in both precisions."""
-    chosen, seeds = model.bfloat16, [o.seed + i for i in range(len(y))]
-    run = functools.partial(sde.adams, model, sigma=o.sigma, steps=o.sde_steps, sigma_min=model.sigma_min)
-    for precision in ("bfloat16", "float32"):
-        model.bfloat16 = precision == "bfloat16"
-        alone = torch.cat([run(y=y[i : i + 1], generator=seeds[i : i + 1]) for i in range(len(y))])
-        difference = (alone - run(y=y, generator=seeds)).abs().max().item()
-        print(f"{precision}: a draw alone and the same draw in a batch of {len(y)} differ by at most {difference:.1g}")
-    model.bfloat16 = chosen
-
-
 @torch.no_grad()
-def main(o):
-    if o.draws < 20:
-        raise ValueError(f"--draws {o.draws} are too few for an interval that holds the truth with 90 %: at least 20")
-    model, images, device, _ = prepare(o, o.count)
-    y, x0 = noisy_pairs(images, o.sigma, device, o)
-    study_batches(model, y, o)
-    certify("the network", model, y, x0, model.sigma_min, o)
-    study_forgetting(Path("figures", "forgetting.png"), model, y, x0, o)
-    study_dial(Path("figures", "dial.png"), model, y, x0, o)
-    x0, denoiser = gaussian_field(y.shape, o.seed, device)
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(o.seed + 1)).to(device)
-    certify("Gaussian random field", denoiser, x0 + o.sigma * noise, x0, model.sigma_min, o)
-    print("\nwrote 'figures/forgetting.png' and 'figures/dial.png'")
+def main():
+    utils.check(DRAWS >= 2 and FEW_DRAWS >= 2, "DRAWS", (DRAWS, FEW_DRAWS), "must be at least 2")
+    device = utils.pick_device(DEVICE)
+    model = read_model(CHECKPOINT, device, PRECISION, SIGMAS)
+    for sigma in SIGMAS:
+        y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, sigma, SEED, device)
+        field, denoiser = gaussian_field(y.shape, SEED, device)
+        noise = torch.randn(field.shape, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
+        print(f"\n{len(y)} images at sigma {sigma:g}, {DRAWS} draws each ({FEW_DRAWS} with more than {FEW_CALLS} calls)")
+        print(utils.table(certify(model, y, x0, sigma, model.sigma_min)), flush=True)
+        print(f"\na Gaussian random field at sigma {sigma:g}")
+        print(utils.table(certify(denoiser, field + sigma * noise, field, sigma, model.sigma_min)), flush=True)
+    sigma = SIGMAS[len(SIGMAS) // 2]
+    y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, sigma, SEED, device)
+    study_forgetting(Path("figures", "forgetting.png"), model, y, x0, sigma)
+    study_dial(Path("figures", "dial.png"), model, y, x0, sigma)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The network's arithmetic, and the loss, against closed forms."""
 
-import argparse
+import math
 import re
 from pathlib import Path
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from model import CNN3, ScoreModel, load_model
-from train_score import HiddenMuon, denoising_loss, make_optimizers, typical_error
+from model import CNN3, ScoreModel, WindowAttention, load_checkpoint, load_model
+from train_score import HiddenMuon, denoising_loss, make_optimizers, noise_law, typical_error
 from utils import add_noise, psnr, read_images, save_checkpoint
 
-SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 32), "blocks": (1, 1)}
+SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 32), "blocks": (1, 1), "attention": (0, 1)}
 
 
 def small_model(seed=0, **changes):
@@ -73,7 +73,7 @@ def test_cnn3_is_the_score_itself():
     torch.testing.assert_close(model.score(x, 0.1), model.net(x), rtol=1e-4, atol=1e-4)
 
 
-def test_sigma_may_be_a_float_a_scalar_or_one_per_image():
+def test_sigma_may_be_one_number_or_one_per_image():
     model, x = small_model(), images(3, 3, 8, 8)
     expected = model(x, 0.1)
     assert torch.equal(model(x, torch.tensor(0.1)), expected)
@@ -81,16 +81,53 @@ def test_sigma_may_be_a_float_a_scalar_or_one_per_image():
     mixed = model(x, torch.tensor([0.1, 0.5, 0.1]))
     torch.testing.assert_close(mixed[0], expected[0])
     assert (mixed[1] - expected[1]).abs().max() > 1e-3
+    for levels in ([0.1, 0.5, 0.1], np.array([0.1, 0.5, 0.1]), torch.tensor([[0.1], [0.5], [0.1]]).view(3, 1, 1, 1)):
+        torch.testing.assert_close(model(x, levels), mixed)
+    assert torch.equal(model(x, np.float32(0.1)), expected) and torch.equal(model(x, torch.full((3, 1), 0.1)), expected)
+    with pytest.raises(ValueError, match="2 noise levels for 3 images"):
+        model(x, [0.1, 0.2])
+
+
+@pytest.mark.parametrize("sigma", [0.001, 5.0, 79.0])
+def test_outside_its_range_the_network_stays_a_denoiser(sigma):
+    # The network is asked as at the end of its range; c_skip, c_out and c_in keep to the level.
+    model, x0 = load_model("checkpoints/score_cifar10.pt"), images(2, 3, 32, 32)
+    y = x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    assert ((model(y, sigma) - x0) ** 2).mean() < min(4 * sigma**2, 0.5)  # of white noise, which is no picture
+    seen = []
+    model.net.forward = lambda scaled, log_sigma: seen.append(log_sigma) or torch.zeros_like(scaled)
+    c2 = model.sigma_data**2
+    torch.testing.assert_close(model(y, sigma), 0.5 + c2 / (c2 + sigma**2) * (y - 0.5))
+    assert abs(seen[0][0].exp().item() / min(max(sigma, model.sigma_min), model.sigma_max) - 1) < 1e-5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 7), (31, 33), (64, 48)])
 @pytest.mark.parametrize("network", ["unet", "cnn3"])
 def test_any_size_works_and_gradients_reach_the_image(network, size):
-    model, x = small_model(network=network, widths=(32, 32, 32), blocks=(1, 1, 1)), images(2, 3, *size).requires_grad_()
+    model, x = (
+        small_model(network=network, widths=(32, 32, 32), blocks=(1, 1, 1), attention=(1, 1, 1)),
+        images(2, 3, *size).requires_grad_(),
+    )
     denoised = model(x, 0.1)
     assert denoised.shape == x.shape
     (gradient,) = torch.autograd.grad(denoised.square().sum(), x)
     assert gradient.isfinite().all() and (gradient != 0).all()
+
+
+def test_attention_is_softmax_attention_within_each_window():
+    # Against the library's, window by window, at a size that is no multiple of the window.
+    layer, x = WindowAttention(64, 4), images(2, 64, 6, 9)
+    with torch.no_grad():
+        layer.out.weight.copy_(torch.eye(64)[:, :, None, None])
+        q, k, v = (t.unflatten(1, (2, 32)) for t in layer.qkv(x).chunk(3, dim=1))  # (B, heads, 32, H, W)
+        q, k = (torch.nn.functional.normalize(t, dim=2) * math.sqrt(32) for t in (q, k))
+        for top in (0, 4):
+            for left in (0, 4, 8):
+                here = (slice(None), slice(None), slice(None), slice(top, top + 4), slice(left, left + 4))
+                parts = (t[here].flatten(3).transpose(2, 3) for t in (q, k, v))
+                expected = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(2, 3).flatten(1, 2)
+                found = (layer(x, None) - x)[:, :, top : top + 4, left : left + 4].flatten(2)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_to_a_multiple_of_the_coarsest_grid_keeps_the_image_in_place():
@@ -143,16 +180,28 @@ def test_the_typical_error_is_that_of_the_shipped_network():
     assert set(levels) == {0.02, 0.05, 0.1, 0.2, 0.5}
     for s, mean_psnr in levels.items():
         assert abs(10 * np.log10(typical_error(s)) + mean_psnr) < 1.2  # dB
+    assert 0.05 < typical_error(20.0) < 0.08  # the variance of the pixels around their mean image
+
+
+def test_noise_levels_are_log_uniform_in_three_parts():
+    u = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    sigma = noise_law(u, 0.005, 20.0, 0.1)
+    assert abs(sigma[0] / 0.005 - 1) < 1e-9 and abs(sigma[-1] / 20 - 1) < 1e-9
+    for low, high, share in ((0.0, 0.01, 0.1), (0.01, 1.0, 0.8), (1.0, 30.0, 0.1)):
+        part = sigma[(sigma > low) & (sigma < high)].log()
+        assert abs(len(part) / 2001 - share) < 2e-3 and part.diff().std() < 1e-9
+    torch.testing.assert_close(noise_law(u, 0.02, 0.5, 0.1), 0.02 * 25**u)
+    torch.testing.assert_close(noise_law(u, 0.1, 0.1, 0.1), torch.full_like(u, 0.1))
 
 
 def test_muon_has_the_hidden_convolutions_and_adam_the_rest():
     model = ScoreModel(**SMALL)
-    adam, muon = make_optimizers(model, argparse.Namespace(optimizer="muon", lr=0.1))
+    adam, muon = make_optimizers(model, "muon", 0.1)
     places = [p.data_ptr() for optimizer in (adam, muon) for p in optimizer.param_groups[0]["params"]]
     assert sorted(places) == sorted(p.data_ptr() for p in model.parameters())  # each once, in its own memory
     names = {name for name, p in model.named_parameters() if p.data_ptr() in places[-len(muon.weights) :]}
-    assert all("conv" in name or "down" in name or "up" in name for name in names) and len(names) == 8
-    (adam,) = make_optimizers(model, argparse.Namespace(optimizer="adam", lr=0.1))
+    assert all(re.search(r"conv\d|down|up|qkv|out", name) for name in names) and len(names) == 10
+    (adam,) = make_optimizers(model, "adam", 0.1)
     assert len(adam.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
@@ -190,13 +239,50 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
     model = small_model()
     save_checkpoint(path, {"config": model.config, "weights": model.state_dict(), "info": {}})
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint", bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="model.pt.*damaged"):
             load_model(path)
-    save_checkpoint(path, {"weights": model.state_dict()})
-    with pytest.raises(ValueError, match="model.pt"):
-        load_model(path)
+    with pytest.raises(ValueError, match="not a file"):
+        load_model(tmp_path)
+
+
+class Command:
+    """What would run a command when it is unpickled."""
+
+    def __reduce__(self):
+        return (Path("executed").touch, ())
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": Command()}, "model.pt")
+    for load in (load_model, load_checkpoint):
+        with pytest.raises(ValueError, match="model.pt"):
+            load("model.pt")
+    assert not Path("executed").exists()
+
+
+def test_a_checkpoint_that_is_none_of_ours_is_refused(tmp_path):
+    path, model = tmp_path / "model.pt", small_model()
+    good = {"config": model.config, "weights": model.state_dict(), "info": {}}
+    name, value = next(iter(good["weights"].items()))
+    for wrong in (
+        {"config": {}},
+        {"info": None},
+        {"weights": {}},
+        {"weights": good["weights"] | {name: value.double()}},
+        {"weights": good["weights"] | {name: value[:-1]}},
+        {"weights": good["weights"] | {name: value * math.nan}},
+        {"config": model.config | {"blocks": (10_000_000, 1)}},
+        {"config": model.config | {"sigma_max": math.inf}},
+        {"config": model.config | {"sigma_min": 1e-300}},
+    ):
+        save_checkpoint(path, good | wrong)
+        with pytest.raises(ValueError, match="model.pt"):
+            load_model(path)
 
 
 def test_wrong_configurations_are_refused():
@@ -206,6 +292,7 @@ def test_wrong_configurations_are_refused():
         {"network": "transformer"},
         {"blocks": (1, 2, 3)},
         {"widths": (0, 0)},
+        {"attention": (0, 2)},
     ):
         with pytest.raises(ValueError, match=re.escape(str(next(iter(wrong.values()))))):
             ScoreModel(**SMALL | wrong)

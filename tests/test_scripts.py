@@ -1,16 +1,14 @@
 """Each script as a user calls it: small, in a subprocess, in an empty folder."""
 
 import csv
-import re
+import functools
 import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import benchmark
 import numpy as np
 import pytest
 import torch
@@ -21,10 +19,13 @@ import denoise
 import sde
 import train_score
 import utils
-from model import ScoreModel, load_model
+from model import ScoreModel, load_checkpoint, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--widths 32 32 --blocks 1 1 --batch-size 4 --epochs 2 --warmup 5 --val-images 64 --log-steps 5 --device cpu"
+SMALL = (
+    "--widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.01 --sigma-max 1 --batch-size 4 --epochs 2 --warmup 5 "
+    "--val-images 64 --log-steps 5 --device cpu"
+)
 
 
 def start(folder, script, line):
@@ -60,7 +61,7 @@ def refuses(monkeypatch, capsys):
 
 
 def contents(folder):
-    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.suffix != ".lock"}
 
 
 @pytest.fixture(scope="session")
@@ -94,26 +95,55 @@ def test_training_interrupted_and_resumed_gives_the_same_weights(trained, tmp_pa
     line = f"--data {trained / 'patches.npy'} {SMALL} --save-minutes 0.0001"
     process = start(tmp_path, "train_score.py", line)
     resume = tmp_path / "checkpoints" / "score_resume.pt"
-    while process.poll() is None and not (resume.exists() and utils.load_checkpoint(resume)["step"] > 60):  # in epoch 2
+    while process.poll() is None and not (resume.exists() and load_checkpoint(resume)["step"] > 60):  # in epoch 2
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 130 and "run the same command to go on" in out, out + err
-    step = utils.load_checkpoint(resume)["step"]
+    step = load_checkpoint(resume)["step"]
     assert 60 < step < 118
     out, _ = run(tmp_path, "train_score.py", line)
-    assert f"going on from step {step}" in out
+    assert f"from step {step}" in out
     resumed, straight = (torch.load(f / "checkpoints" / "score.pt", weights_only=True) for f in (tmp_path, trained))
     assert all(torch.equal(resumed["weights"][k], straight["weights"][k]) for k in straight["weights"])
     assert resumed["info"]["val_psnr"] == straight["info"]["val_psnr"]
 
 
+def drawn(images, step, flip=True, seed=0):
+    return train_score.draw_batch(images, step, 4, flip, lambda u: 0.01 * 100**u, seed)
+
+
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
     numbers = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    o = SimpleNamespace(batch_size=4, seed=0, flip=True, sigma_min=0.01, sigma_max=1.0)
-    drawn = [train_score.draw_batch(numbers, step, o)[0][:, 0, 0, 0] * 255 for step in range(6)]
-    first, second = (torch.cat(drawn[k : k + 3]).round().int().tolist() for k in (0, 3))
+    seen = [drawn(numbers, step)[0][:, 0, 0, 0] * 255 for step in range(6)]
+    first, second = (torch.cat(seen[k : k + 3]).round().int().tolist() for k in (0, 3))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_a_batch_has_one_noise_level_from_each_slice():
+    _, sigma, noise = drawn(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), 1)
+    slices = (sigma / 0.01).log() / np.log(100) * 4
+    assert slices.floor().tolist() == [0, 1, 2, 3] and noise.std() > 0.8
+
+
+def test_half_of_the_images_are_flipped_left_to_right():
+    images = torch.arange(4 * 3 * 4 * 4).view(4, 3, 4, 4).byte()
+    flipped = 0
+    for step in range(200):
+        found, order = drawn(images, step)[0] * 255, train_score.epoch_order(4, 0, step)
+        for image, k in zip(found.round().byte(), order):
+            assert torch.equal(image, images[k]) or torch.equal(image, images[k].flip(2))
+            flipped += torch.equal(image, images[k].flip(2))
+    assert abs(flipped / 800 - 0.5) < 4 * 0.5 / 800**0.5
+    assert all(torch.equal(drawn(images, s, flip=False)[0], images[train_score.epoch_order(4, 0, s)] / 255) for s in range(9))
+
+
+def test_every_seed_has_its_own_order_levels_and_noise():
+    images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    for first, second in zip(drawn(images, 5, seed=0), drawn(images, 5, seed=1)):
+        assert not torch.equal(first, second)
+    for first, second in zip(drawn(images, 5), drawn(images, 5)):
+        assert torch.equal(first, second)
 
 
 def test_the_first_step_is_one_learning_rate_of_adam_and_most_of_it_enters_the_average(trained, tmp_path):
@@ -123,7 +153,7 @@ def test_the_first_step_is_one_learning_rate_of_adam_and_most_of_it_enters_the_a
     run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {line} --batch-size 236 --val-images 64 --device cpu")
     torch.manual_seed(train_score.SEED)
     before = ScoreModel("cnn3", 0.1, 0.1).state_dict()
-    state = utils.load_checkpoint(tmp_path / "checkpoints" / "score_resume.pt")
+    state = load_checkpoint(tmp_path / "checkpoints" / "score_resume.pt")
     for name, weight in before.items():
         move = state["model"][name] - weight
         assert abs(move.abs().median() / (1e-3 / 4) - 1) < 1e-3
@@ -138,7 +168,7 @@ def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path
     line = f"--data patches.npy {SMALL}"
     refuses(tmp_path, "train_score.py", line, "--epochs")
     out, _ = run(tmp_path, "train_score.py", line.replace("--epochs 2", "--epochs 3"))
-    assert "going on from step 118" in out and load_model(tmp_path / "checkpoints" / "score.pt").info["epochs"] == 3
+    assert "from step 118" in out and load_model(tmp_path / "checkpoints" / "score.pt").info["epochs"] == 3
     refuses(tmp_path, "train_score.py", line.replace("--widths 32 32", "--widths 32 64"), "score_resume.pt", "--widths", "--name")
     refuses(tmp_path, "train_score.py", line + " --ema 0.5", "score_resume.pt", "--ema", "--name")
     refuses(tmp_path, "train_score.py", "--data samples " + SMALL, "score_resume.pt", "images", "--name")
@@ -146,6 +176,32 @@ def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path
     refuses(tmp_path, "train_score.py", line, "score_resume.pt", "damaged")
     (tmp_path / "checkpoints" / "score_resume.pt").unlink()
     refuses(tmp_path, "train_score.py", line, "score.pt", "--name")
+
+
+def test_an_end_cut_between_its_files_is_completed_by_the_next_start(trained, tmp_path):
+    for name in ("score.pt", "score_resume.pt"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / name).write_bytes((trained / "checkpoints" / name).read_bytes())
+    network = tmp_path / "checkpoints" / "score.pt"
+    for old in (None, b"cut short"):
+        network.unlink() if old is None else network.write_bytes(old)
+        out, _ = run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL}")
+        before, after = (load_checkpoint(f / "checkpoints" / "score.pt")["weights"] for f in (trained, tmp_path))
+        assert "from step 118" in out and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_network_that_is_kept_is_the_average(trained):
+    state, kept = (load_checkpoint(trained / "checkpoints" / f"{name}.pt") for name in ("score_resume", "score"))
+    assert all(torch.equal(state["averaged"][k], kept["weights"][k]) for k in kept["weights"])
+    assert any(not torch.equal(state["model"][k], kept["weights"][k]) for k in kept["weights"])
+
+
+@pytest.mark.parametrize("wrong", [{"optimizers": []}, {"model": {}}, {"losses": None}, {"seconds": None}, {"made_with": {}}])
+def test_what_no_training_can_go_on_from_is_refused(trained, tmp_path, refuses, wrong):
+    state = load_checkpoint(trained / "checkpoints" / "score_resume.pt")
+    utils.save_checkpoint(tmp_path / "checkpoints" / "score_resume.pt", state | wrong)
+    (tmp_path / "figures").mkdir()
+    refuses(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL} --epochs 3", "score_resume.pt", "--name")
 
 
 def test_training_starts_from_a_checkpoint(trained, tmp_path, refuses):
@@ -166,18 +222,25 @@ def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good
     run(tmp_path, "train_score.py", recipe + " --lr 1e-4 --epochs 1")
     model = load_model(tmp_path / "checkpoints" / "cnn3.pt")
     assert model.sigma_min == model.sigma_max == 0.1 and set(model.info["val_psnr"]) == {0.1}
-    state = utils.load_checkpoint(tmp_path / "checkpoints" / "cnn3_resume.pt")
+    state = load_checkpoint(tmp_path / "checkpoints" / "cnn3_resume.pt")
     assert all(torch.equal(state["model"][k], state["averaged"][k]) for k in state["model"])  # no averaging
     before = contents(tmp_path)
     _, err = run(tmp_path, "train_score.py", recipe + " --lr 1e30 --epochs 50", code=2)
-    assert "not finite at step" in err.splitlines()[-1] and contents(tmp_path) == before
+    assert (
+        "diverged" in err.splitlines()[-1]
+        and err.splitlines()[-1].startswith("train_score.py: error")
+        and contents(tmp_path) == before
+    )
 
 
 def test_a_loss_that_climbs_is_a_divergence_before_it_is_infinite():
-    o = SimpleNamespace(lr=0.1)
-    train_score.check_falling([3.0, 0.3, 2.9], 30, o)
-    with pytest.raises(ValueError, match="rose from 0.3 to 3.1 at step 30.* --lr 0.1"):
-        train_score.check_falling([3.0, 0.3, 3.1], 30, o)
+    training = train_score.Training(ScoreModel("cnn3", 0.1, 0.1), [], 100, 10, {})
+    training.losses, training.step = [[10, 3.0], [20, 0.3]], 30
+    training.loss_sum.fill_(29.0)
+    assert abs(training.mean_loss() - 2.9) < 1e-6
+    training.loss_sum.fill_(31.0)
+    with pytest.raises(ValueError, match="diverged before step 30.*3.1 after one of 0.3.*--lr"):
+        training.mean_loss()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +250,10 @@ def test_a_loss_that_climbs_is_a_divergence_before_it_is_infinite():
         ("--data samples --sigma-min 0", ["0 <"]),
         ("--data samples --sigma-max 0.001", ["0.001"]),
         ("--data samples --network transformer", ["transformer"]),
-        ("--data samples --blocks 1 2", ["(1, 2)"]),
+        ("--data samples --blocks 1 2", ["1, 2"]),
+        ("--data samples --name a/b", ["--name", "a/b"]),
+        ("--data samples --tails 0.7", ["--tails"]),
+        ("--data samples --device meta", ["meta"]),
         ("--data samples --warmup -5", ["--warmup"]),
         ("--data samples --optimizer sgd", ["--optimizer", "sgd"]),
         ("--data samples --val-images 100000", ["--val-images 100000"]),
@@ -206,59 +272,92 @@ def test_training_refuses_bad_input_in_one_line(tmp_path, refuses, line, words):
 # -----------------------------------------------------------------------------
 
 
-DIRECT = {
-    "mmse": (1, lambda model, y: sde.tweedie(model, y, 0.1)),
-    "sde": (4, lambda model, y: sde.adams(model, y, 0.1, 4, generator=seeds(y))),
-    "ode": (4, lambda model, y: sde.adams(model, y, 0.1, 4, eta=0.0)),
-    "heun": (7, lambda model, y: sde.probability_flow_ode(model, y, 0.1, 4)),
-    "edm": (7, lambda model, y: sde.edm(model, y, 0.1, 4, generator=seeds(y))),
-    "pc": (7, lambda model, y: sde.predictor_corrector(model, y, 0.1, 4, generator=seeds(y))),
-    "annealed": (4, lambda model, y: sde.annealed_langevin(model, y, 0.1, 4, generator=seeds(y))),
-    "langevin": (4, lambda model, y: sde.langevin(model, y, 0.1, 4, 2e-4, generator=seeds(y))),
+def seeded(y):
+    return sde.seeded_noise([denoise.Job("", image, None, LEVELS).seed(0) for image in y])
+
+
+LEVELS = sde.noise_levels(0.1, 0.01, 4)
+METHODS = {  # calls, and the sampler as it would be called directly
+    "mmse": (1, lambda model, y, noise: model(y, 0.1)),
+    "sde": (4, functools.partial(sde.adams, levels=LEVELS)),
+    "ode": (4, functools.partial(sde.adams, levels=LEVELS, eta=0.0)),
+    "euler": (4, functools.partial(sde.reverse_sde, levels=LEVELS, sde=sde.VP())),
+    "heun": (7, functools.partial(sde.probability_flow_ode, levels=LEVELS, sde=sde.VP())),
+    "ancestral": (4, functools.partial(sde.ancestral, levels=LEVELS)),
+    "pc": (7, functools.partial(sde.predictor_corrector, levels=LEVELS)),
+    "annealed": (4, functools.partial(sde.annealed_langevin, levels=LEVELS)),
+    "langevin": (3, functools.partial(sde.langevin, sigma=0.1, steps=3, step_size=2e-4)),
 }
 
 
-def seeds(y):
-    return [denoise.image_seed(image, 0) for image in y.permute(0, 2, 3, 1).numpy()]
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
+    calls, sampler = METHODS[method]
+    for name, value in {"METHOD": method, "STEPS": 4, "SDE": "vp", "LANGEVIN_STEPS": 3, "LANGEVIN_STEP_SIZE": 2e-4}.items():
+        monkeypatch.setattr(denoise, name, value)
+    monkeypatch.setattr(denoise, "STEPS", None if method in ("mmse", "langevin") else 4)
+    model = load_model(trained / "checkpoints" / "score.pt")
+    jobs = denoise.read_jobs(model)[:2]
+    denoise.denoise(model, jobs, "cpu", 1, None)
+    y = torch.stack([job.y for job in jobs])
+    expected = sampler(model, y=y, noise=seeded(y)) if method != "mmse" else sampler(model, y, None)
+    torch.testing.assert_close(torch.stack([job.results[method][0][0] for job in jobs]), expected)
+    assert jobs[0].results[method][1] == calls == len(jobs[0].frames) and jobs[1].frames == []
+    sigma, state, estimate = jobs[0].frames[0]
+    assert abs(sigma / 0.1 - 1) < 1e-6
+    torch.testing.assert_close(state, utils.crop(y[0], 256), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(estimate, model(y, 0.1)[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", DIRECT)
-def test_each_method_is_its_sampler_and_shows_what_it_did(trained, tmp_path, method):
+def test_a_run_writes_what_it_did(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "score.pt"
-    options = "--steps 4 --langevin-steps 4 --langevin-step-size 2e-4 --device cpu --precision float32"
-    out, err = run(tmp_path, "denoise.py", f"--checkpoint {checkpoint} --method {method} {options}")
-    calls, sampler = DIRECT[method]
-    x0 = [image for _, image in utils.read_images("samples")]
-    y, x0 = (torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in (utils.add_noise(x0, 0.1, 0), x0))
-    expected = sampler(load_model(checkpoint), y)
-    for name, image in zip(utils.SAMPLES, expected):
-        saved = np.asarray(Image.open(tmp_path / "output" / f"{name}_{method}.png"))
-        assert np.abs(saved - image.permute(1, 2, 0).clamp(0, 1).numpy() * 255).max() < 0.6
-    (mean,) = [line.split() for line in out.splitlines() if line.startswith("mean of 5") and line.split()[4] == method]
-    assert abs(float(mean[5]) - utils.psnr(expected, x0).mean().item()) < 0.01 and int(mean[7]) == calls
-    assert Image.open(tmp_path / "output" / f"samples_{method}_frames.jpg").width > 300
-    assert Image.open(tmp_path / "output" / f"samples_{method}_frames.gif").n_frames == {"mmse": 2, "pc": 8}.get(method, 5)
-    assert method in err  # the progress bar
-    with open(tmp_path / "output" / f"chelsea_{method}.csv", encoding="utf-8") as file:
+    out, err = run(tmp_path, "denoise.py", f"--checkpoint {checkpoint} --steps 4 --device cpu")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    assert rows[0] == ["picture", "sigma", "method", "PSNR dB", "SSIM", "calls", "seconds"] and "sde" in err
+    draws, mean = ([float(row[3]) for row in rows if row[2] == label] for label in ("sde", "mean of 2"))
+    assert len(draws) == len(mean) == 6 and all(m > d + 0.3 for d, m in zip(draws, mean))
+    assert abs(np.mean(draws[:5]) - draws[5]) < 0.01
+    for name in utils.SAMPLES:
+        for ending in ("mmse", "sde_1", "sde_2"):
+            assert Image.open(tmp_path / "output" / f"{name}_{ending}.png").size == (128, 128)
+    assert Image.open(tmp_path / "output" / "samples_sde.jpg").width > 500
+    assert Image.open(tmp_path / "output" / "samples_sde.gif").n_frames > 3
+    frames = sorted(p.name for p in (tmp_path / "output" / "frames" / "astronaut_sde").iterdir())
+    assert frames[0] == "000_estimate_0.1000.png" and frames[-1] == "003_state_0.0100.png" and len(frames) == 8
+    with open(tmp_path / "output" / "astronaut_sde.csv", encoding="utf-8") as file:
         curve = list(csv.DictReader(file))
-    quality = [utils.psnr(x[1:2], x0[1:2]).item() for x in (y, sde.tweedie(load_model(checkpoint), y, 0.1))]
-    assert [row["step"] for row in curve] == [str(k) for k in range({"heun": 4, "edm": 4}.get(method, calls))]
-    if method != "edm":  # which adds noise first
-        assert np.allclose([float(curve[0]["psnr_state"]), float(curve[0]["psnr_estimate"])], quality, atol=0.01)
-        assert float(curve[0]["sigma"]) == 0.1
-    assert float(curve[-1]["sigma"]) == (0.1 if method in ("mmse", "langevin") else 0.01)
+    saved = np.asarray(Image.open(tmp_path / "output" / "frames" / "astronaut_sde" / "003_estimate_0.0100.png")) / 255
+    x0 = dict(utils.read_images("samples"))["astronaut"]
+    assert abs(-10 * np.log10(((saved - x0) ** 2).mean()) - float(curve[3]["psnr_estimate"])) < 0.05
+    run(tmp_path, "denoise.py", f"--checkpoint {checkpoint} --method mmse --device cpu --no-save-frames --output bare")
+    assert not (tmp_path / "bare" / "frames").exists()
+
+
+def test_the_noise_can_be_held_while_the_draw_changes(trained, monkeypatch):
+    model = load_model(trained / "checkpoints" / "score.pt")
+
+    def seeds_and_noise(seed, draw_seed):
+        monkeypatch.setattr(denoise, "SEED", seed)
+        monkeypatch.setattr(denoise, "DRAW_SEED", draw_seed)
+        job = denoise.read_jobs(model)[0]
+        return job.y, (job.seed(0), job.seed(1))
+
+    (y, seeds), (y_same, seeds_other), (y_other, _) = (seeds_and_noise(*pair) for pair in ((0, 0), (0, 7), (1, 0)))
+    assert torch.equal(y, y_same) and not torch.equal(y, y_other)
+    assert len({*seeds, *seeds_other}) == 4
 
 
 def test_a_large_picture_in_tiles_is_the_picture_in_one_piece(trained):
     model = load_model(trained / "checkpoints" / "score.pt")
     rng = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 3, 150, 203, generator=rng)
+    x = torch.rand(1, 3, 250, 303, generator=rng)
     torch.manual_seed(0)
-    deep = ScoreModel("unet", 0.01, 1.0, train_score.WIDTHS, train_score.BLOCKS).eval().requires_grad_(False)
+    shape = (train_score.WIDTHS, train_score.BLOCKS, train_score.ATTENTION)
+    deep = ScoreModel("unet", 0.01, 1.0, *shape).eval().requires_grad_(False)
     for parameter in deep.parameters():
         parameter += 0.02 * torch.randn(parameter.shape, generator=rng)
     for network in (model, deep):
-        torch.testing.assert_close(denoise.tiled(network, x, 0.1, 64 * 64), network(x, 0.1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(utils.tiled(network, 256 * 256)(x, 0.1), network(x, 0.1), rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_of_several_sizes_and_levels_go_together(trained, tmp_path):
@@ -270,9 +369,9 @@ def test_pictures_of_several_sizes_and_levels_go_together(trained, tmp_path):
     out, _ = run(
         tmp_path, "denoise.py", f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input mixed --steps 3 --device cpu"
     )
-    assert "3 of 3 images" in out and "taken as the lowest trained, 0.01" in out
-    assert Image.open(tmp_path / "output" / "coffee_sde.png").size == (54, 42)
-    assert (tmp_path / "output" / "mixed_sde_frames.jpg").exists() and (tmp_path / "output" / "mixed_sde_frames.gif").exists()
+    assert "3 of 3 pictures" in out and "taken as the lowest trained, 0.01" in out
+    assert Image.open(tmp_path / "output" / "coffee_sde_1.png").size == (54, 42)
+    assert (tmp_path / "output" / "mixed_sde.jpg").exists() and (tmp_path / "output" / "mixed_sde.gif").exists()
 
 
 def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
@@ -281,9 +380,8 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
     utils.save_image(tmp_path / "mine.png", torch.from_numpy(noisy).permute(2, 0, 1))
     line = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input mine.png --method mmse --device cpu --precision float32"
     out, _ = run(tmp_path, "denoise.py", line)
-    assert "noise level estimated at" in out and "already in them" in out and "dB" not in out.replace("PSNR dB", "")
-    rows = [row.split() for row in out.splitlines() if row.startswith("mine ")]
-    assert [row[2:5] for row in rows] == [["noisy", "-", "-"], ["mmse", "-", "-"]]
+    assert "noise level estimated at" in out and "already in them" in out and "dB" not in out
+    assert [line.split("|")[3].strip() for line in out.splitlines() if line.startswith("| mine")] == ["noisy", "mmse"]
     # The file is the network's estimate at the estimated level, and nothing else.
     y = torch.from_numpy(np.asarray(Image.open(tmp_path / "mine.png")) / np.float32(255)).permute(2, 0, 1)[None]
     model = load_model(trained / "checkpoints" / "score.pt")
@@ -291,7 +389,7 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
     saved = np.asarray(Image.open(tmp_path / "output" / "mine_mmse.png"))
     assert np.abs(saved - expected.numpy()).max() < 0.51
     out, _ = run(tmp_path, "denoise.py", line + " --add-noise --sigma 0.2")
-    assert "0.2 added" in out and " - " not in out
+    assert "0.2 added" in out and "PSNR dB" in out
 
 
 def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_order(trained, tmp_path):
@@ -301,8 +399,8 @@ def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_ord
         np.save(tmp_path / f"{name}.npy", part)
         run(tmp_path, "denoise.py", f"{common} --input {name}.npy --output {name} --batch-pixels {batch}")
     for k in range(4):
-        together = np.asarray(Image.open(tmp_path / "together" / f"together_{k:05d}_sde.png")).astype(int)
-        apart = np.asarray(Image.open(tmp_path / "apart" / f"apart_{3 - k:05d}_sde.png")).astype(int)
+        together = np.asarray(Image.open(tmp_path / "together" / f"together_{k:05d}_sde_2.png")).astype(int)
+        apart = np.asarray(Image.open(tmp_path / "apart" / f"apart_{3 - k:05d}_sde_2.png")).astype(int)
         assert np.abs(together - apart).max() <= 1  # the same draw; the network's sums may round differently
 
 
@@ -321,6 +419,8 @@ def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_ord
         ("--method magic", ["magic"]),
         ("--steps 0", ["--steps"]),
         ("--texture 2", ["--texture"]),
+        ("--rho 1e-4", ["rho"]),
+        ("--sde ito", ["--sde", "ito"]),
         ("--sigmas 0.1", ["--sigmas"]),
         ("--precision half", ["half"]),
     ],
@@ -341,78 +441,3 @@ def test_cifar10_without_network_or_data_says_what_to_do(trained, tmp_path, refu
     refuses(
         tmp_path, "denoise.py", f"--input cifar10 --checkpoint {trained / 'checkpoints' / 'score.pt'}", "connect to the network"
     )
-
-
-# -----------------------------------------------------------------------------
-# benchmark.py
-# -----------------------------------------------------------------------------
-
-
-def test_the_benchmark_prints_its_table_and_draws_the_two_studies(trained, tmp_path):
-    recipe = ScoreModel("cnn3", 0.1, 0.1)
-    utils.save_checkpoint(tmp_path / "cnn3.pt", {"config": recipe.config, "weights": recipe.state_dict(), "info": {}})
-    out, _ = run(
-        tmp_path,
-        "tests/benchmark.py",
-        f"--input {trained / 'patches.npy'} --count 3 --study-count 2 --study-steps 4 --sde-steps 4 --device cpu "
-        f"--recipe cnn3.pt --checkpoint {trained / 'checkpoints' / 'score.pt'}",
-    )
-    rows = [line for line in out.splitlines() if "+-" in line]
-    assert len(rows) == 7 and 19 < float(rows[0].split()[1]) < 22  # the noisy images: 20 dB and what clipping gains
-    for name in ("langevin_steps.png", "langevin_step_size.png"):
-        assert Image.open(tmp_path / "figures" / name).width > 500
-
-
-def test_the_levels_are_measured_beside_the_wiener_filter(trained, tmp_path):
-    patches = trained / "patches.npy"
-    line = f"--table levels --levels 0.1 0.5 --input {patches} --train {patches} --count 3 --device cpu --precision float32"
-    out, _ = run(tmp_path, "tests/benchmark.py", f"{line} --checkpoint {trained / 'checkpoints' / 'score.pt'}")
-    rows = [line.split() for line in out.splitlines() if re.match(r" *0\.[15] ", line)]
-    assert [row[0] for row in rows] == ["0.1", "0.5"] and all(row[7] == "+0.000" for row in rows)  # float32 against itself
-    assert float(rows[0][1]) < float(rows[0][3])  # the Wiener filter takes noise away
-    assert Image.open(tmp_path / "figures" / "levels.png").width > 500
-
-
-def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
-    images = torch.randint(256, (1500, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images[:, 1] = images[:, 0]  # two channels that always agree
-    x = images.flatten(1).double().numpy() / 255
-    y = np.random.default_rng(0).normal(0.5, 0.3, (7, 12))
-    covariance = np.cov(x.T, bias=True)
-    expected = x.mean(0) + (y - x.mean(0)) @ np.linalg.solve(covariance + 0.2**2 * np.eye(12), covariance)
-    result = benchmark.wiener_filter(images)(torch.from_numpy(y).view(7, 3, 2, 2), 0.2)
-    np.testing.assert_allclose(result.flatten(1), expected, atol=1e-5)
-
-
-def test_the_self_ensemble_turns_every_view_back():
-    y = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(benchmark.self_ensemble(lambda x, sigma: x * sigma, y, 0.5), y / 2)
-    for rotations in (1, 4):
-        seen = []
-        benchmark.self_ensemble(lambda x, sigma, seen=seen: seen.append(x) or x, y, 0.5, rotations)
-        assert len({view.numpy().tobytes() for view in seen}) == 2 * rotations
-
-
-def test_the_table_of_costs_has_a_row_for_every_denoiser(trained, tmp_path):
-    line = f"--table cost --input {trained / 'patches.npy'} --cost-count 2 --sde-steps 2 --seconds 0.01 --device cpu"
-    out, _ = run(tmp_path, "tests/benchmark.py", f"{line} --checkpoint {trained / 'checkpoints' / 'score.pt'}")
-    for name in ("wavelet", "total variation", "non-local means", "U-Net, float32"):
-        assert f"\n{name}" in out
-    assert "the samplers' loop" in out and re.search(r"training: [1-9]\d* images/s.* fraction [1-9]\d*%", out)
-
-
-def test_operations_are_those_of_a_convolution():
-    layer, x = torch.nn.Conv2d(8, 16, 3, padding=1), torch.zeros(2, 8, 5, 5)
-    assert benchmark.operations(lambda: layer(x)) == 2 * 9 * 8 * 16 * 25 * 2
-
-
-def test_the_certification_prints_a_row_for_each_sampler(trained, tmp_path):
-    checkpoint = trained / "checkpoints" / "score.pt"
-    options = "--count 2 --draws 20 --study-steps 4 --device cpu"
-    out, _ = run(tmp_path, "tests/certify.py", f"--input {trained / 'patches.npy'} --checkpoint {checkpoint} {options}")
-    network, field = out.split("Gaussian random field")
-    for name in ("adams", "ddim", "Euler-Maruyama", "edm", "pred.-corrector", "annealed Langevin", "plain Langevin"):
-        assert f"\n{name}" in network and f"\n{name}" in field
-    (row,) = [line.split() for line in field.splitlines() if line.startswith("adams   ") and line.split()[1] == "20"]
-    assert abs(float(row[2]) - 2) < 0.25  # 2 images of 3,072 pixels, 20 draws: some 4 standard errors
-    assert (tmp_path / "figures" / "forgetting.png").exists() and (tmp_path / "figures" / "dial.png").exists()

@@ -6,6 +6,7 @@ import http.server
 import pickle
 import tarfile
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -46,21 +47,32 @@ def constants(tmp_path):
     return constants
 
 
-def test_options_default_to_the_constants(constants):
-    expected = {"batch_size": 64, "lr": 1e-3, "flip": True, "widths": (32, 64), "sigma": None, "name": "score"}
-    assert vars(utils.parse_options(constants, [])) == expected
+def test_without_options_the_constants_stay(constants):
+    before = dict(constants)
+    utils.set_options(constants, [])
+    assert constants == before
+    assert utils.options(constants) == {
+        "batch_size": 64, "lr": 1e-3, "flip": True, "widths": (32, 64), "sigma": None, "name": "score"
+    }  # fmt: skip
 
 
-def test_options_have_the_types_of_the_constants(constants):
-    line = "--batch-size 8 --lr 2e-4 --no-flip --widths 16 32 48 --sigma 0.1 --name mine"
+def test_options_set_the_constants_in_their_types(constants):
+    utils.set_options(
+        constants,
+        ["--batch-size", "8", "--lr", "2e-4", "--no-flip", "--widths", "16", "32", "48", "--sigma", "0.1", "--name", "mine"],
+    )
     expected = {"batch_size": 8, "lr": 2e-4, "flip": False, "widths": (16, 32, 48), "sigma": 0.1, "name": "mine"}
-    assert vars(utils.parse_options(constants, line.split())) == expected
-    assert utils.parse_options(constants, ["--sigma", "none"]).sigma is None
+    assert utils.options(constants) == expected and constants["lower"] == 1
+
+
+def test_none_is_an_option(constants):
+    utils.set_options(constants, ["--sigma", "none"])
+    assert constants["SIGMA"] is None
 
 
 def test_help_lists_every_constant_with_its_comment(constants, capsys):
     with pytest.raises(SystemExit) as stop:
-        utils.parse_options(constants, ["--help"])
+        utils.set_options(constants, ["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for part in ("--batch-size", "images per step [64]", "100 % of it", "--no-flip", "[32 64]", "--sigma", "What it does."):
@@ -70,7 +82,7 @@ def test_help_lists_every_constant_with_its_comment(constants, capsys):
 @pytest.mark.parametrize("line", ["--batch 8", "--batch-size x", "--batch-size 1.5", "--unknown 1", "--sigma big", "--lower 2"])
 def test_a_wrong_option_is_one_line_and_code_two(constants, capsys, line):
     with pytest.raises(SystemExit) as stop:
-        utils.parse_options(constants, line.split())
+        utils.set_options(constants, line.split())
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -276,6 +288,46 @@ def test_the_noise_level_of_a_smooth_image_is_estimated(sigma):
 
 
 # -----------------------------------------------------------------------------
+# Tables and films
+# -----------------------------------------------------------------------------
+
+
+def test_a_table_is_aligned_markdown():
+    rows = [{"name": "a", "PSNR dB": 1.234}, {"name": "long", "PSNR dB": 20.0, "calls": 3}]
+    assert utils.table(rows).splitlines() == [
+        "| name | PSNR dB | calls |",
+        "| ---- | ------: | ----: |",
+        "| a    |    1.23 |       |",
+        "| long |   20.00 |     3 |",
+    ]
+    (mean,) = utils.means([{"m": "x", "v": 1, "who": "a"}, {"m": "x", "v": 2, "who": "b"}], "m", who="both")
+    assert mean == {"m": "x", "v": 1.5, "who": "both"}
+
+
+def test_a_film_keeps_what_the_network_was_asked_and_said():
+    film = utils.Film(lambda x, sigma: x * sigma, count=1, size=4)
+    x = torch.arange(2 * 3 * 6 * 8.0).view(2, 3, 6, 8)
+    assert torch.equal(film(film(x, 0.5), torch.tensor(0.25)), x / 8)
+    (_, *first), (sigma, *second) = film.frames
+    middle = x[:1, :, 1:5, 2:6]
+    assert film.calls == 2 and sigma == 0.25
+    assert all(torch.equal(a, b) for a, b in zip(first + second, (middle, middle / 2, middle / 2, middle / 8)))
+
+
+@pytest.mark.parametrize("size", [(100, 131), (64, 64), (200, 70)])
+def test_tiles_cover_the_picture_once(size):
+    x, bar = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)), types.SimpleNamespace(n=0)
+    bar.update = lambda n: setattr(bar, "n", bar.n + n)
+    # A mean over the neighbours, and windows of 32 pixels that a tile must not cut.
+    corner = lambda x: x[..., ::32, ::32].repeat_interleave(32, 2).repeat_interleave(32, 3)[..., : x.shape[2], : x.shape[3]]  # noqa: E731
+    denoiser = lambda x, sigma: sigma * torch.nn.functional.avg_pool2d(x, 5, 1, 2) + corner(x)  # noqa: E731
+    whole = denoiser(x, 0.5)
+    inside = utils.tiled(denoiser, 64 * 64, bar, halo=32)(x, 0.5)
+    torch.testing.assert_close(inside, whole)
+    assert bar.n == 2 * size[0] * size[1]
+
+
+# -----------------------------------------------------------------------------
 # Files
 # -----------------------------------------------------------------------------
 
@@ -283,7 +335,7 @@ def test_the_noise_level_of_a_smooth_image_is_estimated(sigma):
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), utils.replacing(path) as temporary:
+    with pytest.raises(OSError, match="kept.txt"), utils.replacing(path) as temporary:
         Path(temporary).write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -299,3 +351,28 @@ def test_a_saved_image_is_clipped_and_rounded_once(tmp_path):
     saved = np.asarray(Image.open(tmp_path / "image.png"))
     assert saved[0, 0].tolist() == [0, 255, 128]
     assert np.array_equal(saved[1:], gradient(5, 7)[1:])
+
+
+def test_one_process_at_a_time_writes_a_name_and_leftovers_go(tmp_path):
+    path = tmp_path / "folder" / "net.pt"
+    with utils.only_process(path):
+        with pytest.raises(ValueError, match="another process"), utils.only_process(path):
+            pass
+        (path.parent / ".net_12345678.pt").touch()
+        (path.parent / ".net_resume_12345678.pt").touch()
+    with utils.only_process(path):
+        assert {p.name for p in path.parent.iterdir()} == {".net.lock", ".net_resume_12345678.pt"}
+
+
+def test_a_disk_that_is_full_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "net.pt"
+    utils.save_checkpoint(path, {"a": 1})
+    before = path.read_bytes()
+
+    def full(*_):
+        raise RuntimeError("unexpected pos 64 vs 0\nat line 1")  # what torch raises
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="net.pt.*cannot be written"):
+        utils.save_checkpoint(path, {"a": 2})
+    assert path.read_bytes() == before

@@ -1,0 +1,123 @@
+"""The statistics that certify draws, the comparisons, and that each table and figure can be made."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark
+import certify
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import utils
+from model import ScoreModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def normal(*shape, seed):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_exact_draws_pass_their_certification():
+    # Independent pixels N(0.5, c^2): draws from the known posterior, so every statistic is known, to 4 standard errors.
+    c, sigma, n, shape = 0.3, 0.2, 19, (40, 3, 16, 16)
+    x0 = 0.5 + c * normal(*shape, seed=0)
+    y = x0 + sigma * normal(*shape, seed=1)
+    mean, std = 0.5 + c**2 / (c**2 + sigma**2) * (y - 0.5), c * sigma / math.sqrt(c**2 + sigma**2)
+    found = certify.statistics(mean + std * normal(n, *shape, seed=2), x0, y, mean, sigma)
+    assert abs(found["error of a draw"] - 2) < 4 * found["±"] and found["±"] < 0.05
+    assert abs(found["of the mean"] - 1) < 0.02
+    pixels = x0.numel()
+    assert abs(found["in 50%"] - 0.5) < 4 * 0.5 / math.sqrt(pixels) and abs(found["in 90%"] - 0.9) < 4 * 0.3 / math.sqrt(pixels)
+    assert abs(found["(y - draw) / sigma"] - 1) < 0.01 and abs(found["its lag 1"]) < 4 / math.sqrt(pixels)
+    narrow = certify.statistics(mean + 0.9 * std * normal(n, *shape, seed=2), x0, y, mean, sigma)
+    assert narrow["error of a draw"] < 1.9 and narrow["in 90%"] < 0.89
+
+
+def test_the_standard_error_of_a_ratio_is_that_of_repetitions():
+    a, b = 1 + 0.1 * normal(2000, 50, seed=3), 2 + 0.1 * normal(2000, 50, seed=4)
+    values, errors = zip(*(certify.ratio(x, y) for x, y in zip(a, b)))
+    assert abs(np.std(values) / np.mean(errors) - 1) < 0.1
+
+
+def test_an_interval_that_so_few_draws_cannot_make_is_none():
+    assert certify.coverage(normal(5, 2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1), 0.9) is None
+
+
+def test_the_field_has_its_own_denoiser():
+    # Of all linear denoisers the Wiener filter has the least error: scaled either way it has more.
+    x0, denoiser = certify.gaussian_field((8, 3, 32, 32), 0, "cpu")
+    y = x0 + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    error = lambda sigma: ((denoiser(y, sigma) - x0) ** 2).mean()  # noqa: E731
+    assert error(0.1) < error(0.08) and error(0.1) < error(0.125) and abs(x0.std() / 0.25 - 1) < 0.3
+
+
+def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
+    images = torch.randint(256, (1500, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 1] = images[:, 0]  # two channels that always agree
+    x = images.flatten(1).double().numpy() / 255
+    y = np.random.default_rng(0).normal(0.5, 0.3, (7, 12))
+    covariance = np.cov(x.T, bias=True)
+    expected = x.mean(0) + (y - x.mean(0)) @ np.linalg.solve(covariance + 0.2**2 * np.eye(12), covariance)
+    result = benchmark.wiener_filter(images)(torch.from_numpy(y).view(7, 3, 2, 2), 0.2)
+    np.testing.assert_allclose(result.flatten(1), expected, atol=1e-5)
+
+
+def test_the_mirror_image_is_turned_back():
+    y = normal(2, 3, 5, 5, seed=0)
+    torch.testing.assert_close(benchmark.mirrored(lambda x, sigma: x * sigma)(y, 0.5), y / 2)
+    ramp = torch.arange(5.0)
+    torch.testing.assert_close(benchmark.mirrored(lambda x, sigma: x + ramp)(y, 0.5), y + 2)
+
+
+def test_operations_are_those_of_a_convolution():
+    layer, x = torch.nn.Conv2d(8, 16, 3, padding=1), torch.zeros(2, 8, 5, 5)
+    assert benchmark.operations(lambda: layer(x)) == 2 * 9 * 8 * 16 * 25 * 2
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A folder with untrained networks and a few patches."""
+    folder = tmp_path_factory.mktemp("networks")
+    for name, model in (
+        ("cnn3", ScoreModel("cnn3", 0.1, 0.1)),
+        ("unet", ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1))),
+    ):
+        utils.save_checkpoint(folder / f"{name}.pt", {"config": model.config, "weights": model.state_dict(), "info": {}})
+    np.save(folder / "patches.npy", utils.read_patches("samples")[:40].permute(0, 2, 3, 1).numpy())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "script, line, words, figures",
+    [
+        (
+            "benchmark.py",
+            "--study-count 2 --step-sizes 1e-3 1e-2 --steps 2",
+            "non-local means|Langevin, 200 steps|U-Net, one step",
+            ["langevin"],
+        ),
+        ("benchmark.py", "--table levels --levels 0.1 0.5 --train patches.npy", "0.1|0.5|float32, gain", ["levels"]),
+        ("benchmark.py", "--table speed --seconds 0.01 --batch 2 --steps 2", "training|network alone|within `adams`", []),
+        (
+            "certify.py",
+            "--sigmas 0.1 --draws 3 --few-draws 2",
+            "exact|`adams`, 20|annealed_langevin|Gaussian random field",
+            ["forgetting", "dial"],
+        ),
+    ],
+)
+def test_every_table_and_figure_can_be_made(networks, tmp_path, script, line, words, figures):
+    line = line.replace("patches.npy", str(networks / "patches.npy"))
+    common = f"--input {networks / 'patches.npy'} --count 3 --checkpoint {networks / 'unet.pt'} --device cpu"
+    common += f" --recipe {networks / 'cnn3.pt'}" if script == "benchmark.py" else ""
+    command = [sys.executable, ROOT / "tests" / script, *common.split(), *line.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in words.split("|")), done.stdout
+    for name in figures:
+        assert Image.open(tmp_path / "figures" / f"{name}.png").width > 500
