@@ -1,19 +1,25 @@
 """Denoise pictures with a trained score network: in one step, or back along the reverse-time SDE.
 
     python denoise.py                                   # five photographs, made noisy, with the shipped network
-    python denoise.py --input photo.jpg                 # your own noisy picture: its noise level is estimated
-    python denoise.py --input cifar10 --count 1000 --method mmse
+    python denoise.py photo.jpg scans/                  # your own noisy pictures: their noise level is estimated
+    python denoise.py photo.jpg --sigma 25/255          # or known: standard deviation, for pixels in [0, 1]
+    python denoise.py cifar10 --count 1000 --method mmse
     python denoise.py --help                            # every constant below is an option
 
-Prints a table and writes the denoised pictures, a figure, an animation, and the frames on the way.
+Prints a table and writes the denoised pictures: NAME_mmse has the least error, NAME_sde natural texture, of which the finest
+is invented. For the built-in pictures it adds a figure, an animation, and the frames on the way.
 """
 
 import functools
+import itertools
+import math
+import sys
 import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,30 +29,35 @@ from model import load_model
 
 # -----------------------------------------------------------------------------
 # pictures
-INPUT = "samples"  # "samples" (five photographs), "cifar10" (its test images), or a path: image, .npy, or folder of them
+INPUT = ("samples",)  # "samples" (five photographs), "cifar10" (its test images), and paths of pictures, .npy arrays, folders
 COUNT = 1000  # at most so many
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-OUTPUT = "output"  # folder for all that is written
+OUTPUT = "output"  # folder for all that is written; for one picture also a file
+WHITE = None  # value of white in files of more than 8 bits; none: found, and said
 # noise
 SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise is added, else estimated from the picture
-ADD_NOISE = False  # add noise to a path's pictures too, as is always done to "samples" and "cifar10"
+ADD_NOISE = False  # add noise to your own pictures too, as is always done to "samples" and "cifar10"
 # method
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
-METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see METHODS for more
+METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see `methods` for more
 STEPS = None  # noise levels from sigma down to the lowest trained one; none: as many as the method needs for the right law
 RHO = 7.0  # they are even in sigma^(1 / RHO); math.inf: in log sigma
 TEXTURE = 1.0  # 1 follows the SDE to its end; less stops early, at sigma^(1 - TEXTURE) lowest^TEXTURE; 0 is "mmse"
 SDE = "ve"  # the process of "euler" and "heun": "ve", "vp" or "subvp"
 LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts from
 LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
+# how sure
+DRAWS = None  # draws of each picture, by the methods that draw; none: 2 of the built-in pictures, 1 of your own
+PROBES = 8  # random vectors behind the expected PSNR and the map of uncertainty, a call or two each; 0: neither
+COMPONENTS = 0  # main directions of doubt to show, of pictures up to 128 x 128 pixels
 # run
-DRAWS = 2  # draws of each picture, by the methods that draw
 SEED = 0  # of the noise that is added
 DRAW_SEED = 0  # of the draws, with the noisy picture itself: the same picture gets the same draws in any company
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small pictures, or a tile of a large one
-SHOWN = 2  # pictures in the figure, the animation and the frames
+FIGURES = "auto"  # figure, animation, frames: "yes", "no", or "auto": of the built-in pictures
+SHOWN = 2  # pictures in them
 SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in OUTPUT/frames
 # -----------------------------------------------------------------------------
 
@@ -54,7 +65,6 @@ SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in OU
 def methods():
     """Return by name: the sampler, the noise levels it needs for draws of the right law, its calls a level, whether it draws."""
     process = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}[SDE]()
-    recipe = functools.partial(langevin, steps=LANGEVIN_STEPS, step_size=LANGEVIN_STEP_SIZE)
     return {
         "mmse": (sde.adams, 1, 1, False),  # E[x0 | y]: one level is one step
         "sde": (sde.adams, 20, 1, True),  # the reverse-time SDE, second order
@@ -64,175 +74,298 @@ def methods():
         "ancestral": (sde.ancestral, 100, 1, True),
         "pc": (sde.predictor_corrector, 50, 2, True),
         "annealed": (sde.annealed_langevin, 100, 1, True),
-        "langevin": (recipe, 1, LANGEVIN_STEPS, True),  # the original recipe; forgets the picture if it runs on
+        "langevin": (langevin, 1, LANGEVIN_STEPS, True),  # the original recipe; forgets the picture if it runs on
     }
 
 
-def langevin(denoiser, y, levels, steps, step_size, noise):
-    return sde.langevin(denoiser, y, levels[0], steps, step_size, noise=noise)
+def langevin(denoiser, y, levels, noise):
+    return sde.langevin(denoiser, y, float(levels[0]), LANGEVIN_STEPS, LANGEVIN_STEP_SIZE, noise=noise)
 
 
 @dataclass
 class Job:
-    """What a picture goes through; images are (3, H, W), on the CPU, and not clipped."""
+    """What a picture goes through; images are (C, H, W), on the CPU, and not clipped. C is 1 for a grey picture, else 3."""
 
-    name: str
+    picture: utils.Picture
     y: torch.Tensor  # the noisy picture
     x0: torch.Tensor | None  # the clean one, where it is known
     levels: torch.Tensor  # falling noise levels, from that of y
-    results: dict = field(default_factory=dict)  # method: [image, network calls, seconds], an image for each draw (N, 3, H, W)
+    results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W), network calls, seconds]
+    variance: torch.Tensor | None = None  # of each value of x0 given y
+    components: tuple = ()  # main directions of doubt: standard deviations (K,) and directions (K, C, H, W)
     frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
-
-    @property
-    def sigma(self):
-        return self.levels[0].item()
 
     def seed(self, draw):
         """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
         return zlib.crc32(self.y.permute(1, 2, 0).contiguous().numpy().tobytes(), (DRAW_SEED + draw) % 2**32)
 
     def rows(self):
-        """Return the rows of the table: a method's mean over its draws, and the mean of the draws; no PSNR without the truth."""
-        results = {"noisy": [self.y[None], 0, 0.0]} | self.results
-        if DRAWS > 1 and len(results[METHOD][0]) > 1:
-            images, calls, seconds = results[METHOD]
-            results[f"mean of {DRAWS}"] = [images.mean(0, keepdim=True), DRAWS * calls, DRAWS * seconds]
+        """Return rows of the table, one a method, as a mean over its draws, and one of the mean of the draws."""
+        results = ({} if self.x0 is None else {"noisy": [self.y[None], 0, 0.0]}) | self.results
+        images, calls, seconds = results[METHOD]
+        if len(images) > 1:
+            results[f"mean of {len(images)}"] = [images.mean(0, keepdim=True), len(images) * calls, len(images) * seconds]
         rows = []
         for method, (images, calls, seconds) in results.items():
-            row = {"picture": self.name, "sigma": self.sigma, "method": method}
+            row = {"picture": self.picture.name, "sigma": self.levels[0].item(), "method": method}
             if self.x0 is not None:
                 x0 = self.x0.expand_as(images)
                 row |= {"PSNR dB": utils.psnr(images, x0).mean().item(), "SSIM": utils.ssim(images, x0).mean()}
+            if self.variance is not None:
+                row["expected PSNR"] = -10 * math.log10(self.variance.mean().item()) if method == "mmse" else ""
             rows.append(row | {"calls": calls, "seconds": seconds})
         return rows
 
 
-def read_jobs(model):
-    """Return a job for each picture, with its noise level: the one added, the one given, or an estimate."""
-    found = utils.read_images(INPUT, DATA_DIR)
-    names, images = zip(*found[:COUNT])
-    added = (SIGMA or 0.1) if ADD_NOISE or INPUT in ("samples", "cifar10") else None
-    noisy = utils.add_noise(images, added, SEED) if added else images
-    words = f"noise of standard deviation {added:g} added" if added else "noise already in them"
-    print(f"{len(images)} of {len(found)} pictures from {INPUT}, {words}; {METHOD} with {CHECKPOINT}")
-    jobs = []
-    for name, image, y in zip(names, images, noisy):
-        sigma = added or SIGMA
+# -----------------------------------------------------------------------------
+# The noise level
+# -----------------------------------------------------------------------------
+
+
+def spread_tiles(y, size=64, rows=3):
+    """Return rows x rows tiles of one picture (1, C, H, W), spread evenly, of even sides, or a small picture itself."""
+    height, width = (min(size, n) // 2 * 2 or 1 for n in y.shape[2:])
+    tops, lefts = (sorted({(n - m) * k // (rows - 1) for k in range(rows)}) for n, m in zip(y.shape[2:], (height, width)))
+    return torch.cat([y[:, :, t : t + height, k : k + width] for t in tops for k in lefts])
+
+
+def picture_level(denoiser, y, low, high, eight_bit):
+    """Return the noise level of one picture (1, C, H, W), on a few tiles, and what there is to say of its noise.
+
+    Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and
+    luma, or luma over pairs of pixels, says what is there. Texture reads as up to 0.02 of luma.
+    """
+    tiles = spread_tiles(y)
+    level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, 2, part, True, start)[0].item()  # noqa: E731
+    sigma = level(sde.unclipped if eight_bit else None)
+    if y.shape[1] == 3 and min(tiles.shape[2:]) > 1:
+        luma = max(level(sde.luma, sigma), level(functools.partial(sde.luma, block=2), sigma))
+        if luma > max(1.5 * sigma, 0.02):
+            return luma, "stronger in brightness than in colour, as in a lossy file: judged by brightness"
+    if sigma < 1.1 * low:
+        return sigma, "as low as the network knows: nothing to remove"
+    rest = (tiles - denoiser(tiles, sigma))[(tiles > 0.02) & (tiles < 0.98)]
+    kurtosis = ((rest**4).mean() / (rest**2).mean() ** 2).item() if len(rest) > 1000 else 3.0
+    if not 2.5 < kurtosis < 4.6:
+        return sigma, f"not Gaussian (kurtosis {kurtosis:.1f}, not 3): expect less of the result"
+    if y.shape[2:].numel() > 64**2:
+        part = sde.unclipped if eight_bit else None
+        local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values
+        if local.max() > 1.3 * local.min():
+            return sigma, f"not the same everywhere, from {local.min():.3f} to {local.max():.3f} on {len(tiles)} places"
+    return sigma, ""
+
+
+def of_any_kind(denoiser):
+    """Return a denoiser of pictures with three channels or, through the complementary noise of `sde.grey`, with one."""
+
+    def denoise_kind(x, sigma):
+        if x.shape[1] == 3:
+            return denoiser(x, sigma)
+        e = torch.randn(1, 3, *x.shape[2:], generator=torch.Generator().manual_seed(0)).to(x)
+        return sde.grey(denoiser, e)(x, sigma)
+
+    return denoise_kind
+
+
+def read_jobs(model, device, notify, failed):
+    """Yield a job for each picture, with its noise level: the one added, the one given, or an estimate. Raises ValueError."""
+    rng = np.random.default_rng(SEED)
+    for picture in itertools.islice(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed), COUNT):
+        sigma, y, x0 = SIGMA, picture.pixels, None
+        if ADD_NOISE or picture.builtin:
+            sigma, x0 = SIGMA or 0.1, torch.from_numpy(y).permute(2, 0, 1)
+            (y,) = utils.add_noise([y], sigma, rng)
+        y = torch.from_numpy(y).permute(2, 0, 1)
+        low, high = (level / math.sqrt(4 - len(y)) for level in (model.sigma_min, model.sigma_max))  # grey: over sqrt(3)
         if sigma is None:
-            sigma = utils.estimate_sigma(y)
-            print(
-                f"{name}: noise level estimated at {sigma:.4f}"
-                + f", taken as the lowest trained, {model.sigma_min:g}" * (sigma < model.sigma_min)
-            )
-            sigma = max(sigma, model.sigma_min)
-        if not model.sigma_min <= sigma <= model.sigma_max:
-            trained = f"the range {model.sigma_min:g} to {model.sigma_max:g} that '{CHECKPOINT}' was trained on"
-            raise ValueError(f"noise level {sigma:g} of '{name}' is outside {trained}")
-        y, x0 = (torch.from_numpy(array).permute(2, 0, 1) for array in (y, image))
-        levels = sde.noise_levels(sigma, sigma * (model.sigma_min / sigma) ** TEXTURE, STEPS or methods()[METHOD][1], RHO)
-        jobs.append(Job(name, y, x0 if added else None, levels))
-    return jobs
+            eight_bit = picture.dtype == np.uint8
+            sigma, note = picture_level(of_any_kind(model), y[None].to(device), low, min(high, 1.0), eight_bit)
+            sigma = max(sigma, low)  # not below it by rounding
+            notify(f"{picture.name}: noise level estimated at {sigma:.4f}" + f", {note}" * bool(note))
+        if not low <= sigma <= high:
+            trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
+            raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
+        levels = sde.noise_levels(sigma, sigma * (low / sigma) ** TEXTURE, STEPS or methods()[METHOD][1], RHO)
+        yield Job(picture, y, x0, levels)
+
+
+# -----------------------------------------------------------------------------
+# Denoising
+# -----------------------------------------------------------------------------
 
 
 def batches(jobs):
-    """Yield lists of jobs that share their size and noise level, at most BATCH_PIXELS pixels together."""
-    groups = {}
+    """Yield lists of neighbouring jobs that share their size and noise level, at most BATCH_PIXELS pixels together."""
+    batch = []
     for job in jobs:
-        groups.setdefault((job.y.shape, job.sigma), []).append(job)
-    for (shape, _), group in groups.items():
-        size = max(1, BATCH_PIXELS // (shape[1] * shape[2]))
-        yield from (group[k : k + size] for k in range(0, len(group), size))
+        full = (len(batch) + 1) * job.y[0].numel() > BATCH_PIXELS
+        if batch and (full or (batch[0].y.shape, batch[0].levels[0]) != (job.y.shape, job.levels[0])):
+            yield batch
+            batch = []
+        batch.append(job)
+    yield batch
 
 
-def denoise(model, jobs, device, shown, bar):
-    """Give each job its one-step estimate and its draws; keep the frames of the first draw of the first `shown` jobs."""
+def denoise(model, jobs, device, filmed, bar=None):
+    """Give each job its one-step estimate and its draws; keep the frames of the first draw of the first `filmed` jobs."""
     y, levels = torch.stack([job.y for job in jobs]).to(device), jobs[0].levels
     sampler, _, _, draws = methods()[METHOD]
+    draws = (DRAWS or (2 if jobs[0].picture.builtin else 1)) if draws else 1
     passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse")
-    passes += [(METHOD, sampler, levels, draw) for draw in range(DRAWS if draws else 1)]
+    passes += [(METHOD, sampler, levels, draw) for draw in range(draws)]
     for method, sampler, levels, draw in passes:
-        filmed = shown if method == METHOD and draw == 0 else 0
-        film = utils.Film(utils.tiled(model, BATCH_PIXELS, bar), filmed)
+        first = filmed if method == METHOD and draw == 0 else 0
+        film = utils.Film(of_any_kind(utils.tiled(model, BATCH_PIXELS, bar)), first)
         start = time.perf_counter()
         images = sampler(film, y, levels, noise=sde.seeded_noise([job.seed(draw) for job in jobs], device)).cpu()
+        if not images.isfinite().all():
+            raise ValueError(f"--method {METHOD} diverged on '{jobs[0].picture.name}': take a smaller step size, or more steps")
         seconds = (time.perf_counter() - start) / len(jobs)
         for job, image in zip(jobs, images):
-            before = job.results.get(method, [image[:0], 0, 0.0])[0]
-            job.results[method] = [torch.cat([before.view(-1, *image.shape), image[None]]), film.calls, seconds]
-        for k, job in enumerate(jobs[:filmed]):
+            before = job.results.get(method, [image[None][:0]])[0]
+            job.results[method] = [torch.cat([before, image[None]]), film.calls, seconds]
+        for k, job in enumerate(jobs[:first]):
             job.frames = [(sigma, x[k].cpu(), denoised[k].cpu()) for sigma, x, denoised in film.frames]
 
 
+def doubt(model, job, device, bar=None):
+    """Give a job the variance of each value given the noisy picture, and its main directions of doubt."""
+    y, sigma, denoiser = job.y[None].to(device), job.levels[0].item(), of_any_kind(model)
+    noise = sde.seeded_noise([job.seed(0)], device)
+    variance = lambda part: sde.expected_error(denoiser, part, sigma, PROBES, noise)[1]  # noqa: E731
+    job.variance = utils.over_tiles(variance, y, BATCH_PIXELS // 4, bar)[0].cpu() if PROBES else None
+    if COMPONENTS:
+        variances, directions = sde.principal_components(denoiser, y, sigma, COMPONENTS, noise=noise)
+        job.components = variances[0].clamp(min=0).sqrt().cpu(), directions[0].cpu()
+
+
+# -----------------------------------------------------------------------------
+# What is written
+# -----------------------------------------------------------------------------
+
+
 def write(job):
-    """Write the denoised picture, every draw of it; of a job with frames also these, as pictures and as a table of PSNR."""
-    for method, (images, *_) in job.results.items():
-        for k, image in enumerate(images):
-            number = f"_{k + 1}" if len(images) > 1 else ""
-            utils.save_image(Path(OUTPUT, f"{job.name}_{method}{number}.png"), image)
+    """Write the results of a job, and maps of what is uncertain in them, in place of no file but our own; return the paths."""
+    picture = job.picture
+    owner = f"{picture.source} { ({k: v for k, v in utils.options(globals()).items() if k not in ('input', 'output', 'count')}) }"
+    images = {}
+    for method, (draws, *_) in job.results.items():
+        images |= {f"{method}_{k + 1}" if len(draws) > 1 else method: image for k, image in enumerate(draws)}
+    maps = {}
+    if job.variance is not None:
+        maps["uncertainty"] = job.variance.clamp(min=0).sqrt()
+    if DRAWS and len(job.results[METHOD][0]) > 1:
+        images["mean"], maps["spread"] = job.results[METHOD][0].mean(0), job.results[METHOD][0].std(0)
+    if Path(OUTPUT).suffix.lower() in utils.SUFFIXES:  # a file, for one picture
+        if Path(OUTPUT).exists() and not utils.is_result(OUTPUT, owner):
+            raise ValueError(f"--output '{OUTPUT}' exists and is not what this command wrote: name another file")
+        return [utils.write_picture(OUTPUT, picture, as_array(job.results[METHOD][0][0]), owner)]
+    endings = [f"_{kind}{picture.suffix}" for kind in images] + [
+        f"_{kind}{suffix}" for kind in maps for suffix in (".npy", ".png")
+    ]
+    name = utils.free_name(OUTPUT, picture.name, endings, owner)
+    paths = [
+        utils.write_picture(Path(OUTPUT, f"{name}_{k}{picture.suffix}"), picture, as_array(v), owner) for k, v in images.items()
+    ]
+    for kind, values in maps.items():
+        utils.save_map(Path(OUTPUT, f"{name}_{kind}"), values, f"{kind} of {name}: standard deviation of a pixel", owner)
+    if len(job.components):
+        utils.save_components(Path(OUTPUT, f"{name}_components.png"), job.results["mmse"][0][0], *job.components)
+    if job.frames:
+        write_frames(job, name)
+    return paths
+
+
+def as_array(x):
+    return x.permute(1, 2, 0).numpy()
+
+
+def write_frames(job, name):
+    """Write every state and estimate on the way as a picture, under names that sort, and their PSNR as a table."""
     rows = []
     for call, (sigma, state, estimate) in enumerate(job.frames):
         rows.append({"call": call, "sigma": f"{sigma:.6g}"})
-        for name, image in (("state", state), ("estimate", estimate)):
+        for kind, image in (("state", state), ("estimate", estimate)):
             if SAVE_FRAMES:
-                utils.save_image(Path(OUTPUT, "frames", f"{job.name}_{METHOD}", f"{call:03}_{name}_{sigma:.4f}.png"), image)
+                utils.save_image(Path(OUTPUT, "frames", f"{name}_{METHOD}", f"{call:03}_{kind}_{sigma:.4f}.png"), image)
             if job.x0 is not None:
-                rows[-1][f"psnr_{name}"] = f"{utils.psnr(image[None], job.x0[None]).item():.4f}"
-    if rows:
-        utils.save_csv(Path(OUTPUT, f"{job.name}_{METHOD}.csv"), rows)
+                x0 = utils.crop(job.x0, max(image.shape))
+                rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
+    utils.save_csv(Path(OUTPUT, f"{name}_{METHOD}.csv"), rows)
+
+
+def caption(image, x0):
+    return "" if x0 is None else f"{utils.psnr(image[None], x0[None]).item():.2f} dB"
 
 
 def show(jobs, path):
     """Draw each picture and its middle, enlarged: noisy, on the way, one step, the results, clean; and animate the frames."""
     grid = []
     for job in jobs:
-        images, caption = job.results[METHOD][0], lambda image, job=job: "" if job.x0 is None else f"{psnr_of(image, job):.2f} dB"
-        sigma, state, _ = job.frames[len(job.frames) // 2]
-        panels = [("noisy", job.y, f"$\\sigma$ = {job.sigma:.3g}"), ("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")]
-        panels += [("one step", job.results["mmse"][0][0], caption(job.results["mmse"][0][0]))] * (METHOD != "mmse")
+        images, (sigma, state, _) = job.results[METHOD][0], job.frames[len(job.frames) // 2]
+        panels = [("noisy", job.y, f"$\\sigma$ = {job.levels[0]:.3g}"), ("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")]
+        panels += [("one step", image, caption(image, job.x0)) for image in job.results["mmse"][0] if METHOD != "mmse"]
         titles = ("a draw", "another draw") if len(images) > 1 else (METHOD,)
-        panels += [(title, image, caption(image)) for title, image in zip(titles, images)]
+        panels += [(title, image, caption(image, job.x0)) for title, image in zip(titles, images)]
         grid.append(panels + ([("clean", job.x0, "")] if job.x0 is not None else []))
     utils.plot_pictures(path, grid)
     utils.save_animation(path.with_suffix(".gif"), [job.frames for job in jobs])
 
 
-def psnr_of(image, job):
-    return utils.psnr(image[None], job.x0[None]).item()
-
-
 def check_constants(model):
-    for name in ("COUNT", "RHO", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "DRAWS", "BATCH_PIXELS"):
-        utils.check(globals()[name] > 0, name, globals()[name], "must be positive")
+    for name in ("COUNT", "RHO", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "BATCH_PIXELS"):
+        value = globals()[name]
+        utils.check(value > 0 and (value < math.inf or name == "RHO"), name, value, "must be positive")
+    utils.check(RHO >= 1, "RHO", RHO, "must be at least 1")
+    for name in ("SEED", "DRAW_SEED"):
+        utils.check(0 <= globals()[name] < 2**63, name, globals()[name], "must be a number from 0 to 2^63")
     utils.check(STEPS is None or STEPS >= 1, "STEPS", STEPS, "must be at least 1")
-    utils.check(SIGMA is None or SIGMA > 0, "SIGMA", SIGMA, "must be positive")
+    utils.check(DRAWS is None or DRAWS >= 1, "DRAWS", DRAWS, "must be at least 1")
+    utils.check(PROBES >= 0 and COMPONENTS >= 0, "PROBES", (PROBES, COMPONENTS), "and --components must not be negative")
+    utils.check(SIGMA is None or 0 < SIGMA <= 2, "SIGMA", SIGMA, "is a standard deviation for pixels in [0, 1], as 25/255")
     utils.check(0 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must lie between 0 and 1")
     utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be ve, vp or subvp")
+    utils.check(FIGURES in ("auto", "yes", "no"), "FIGURES", FIGURES, "must be auto, yes or no")
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
-    if METHOD not in ("mmse", "langevin") and model.sigma_min == model.sigma_max:
+    if METHOD in ("mmse", "langevin"):
+        utils.check(TEXTURE == 1 and RHO == 7, "METHOD", METHOD, "must go through levels for --texture and --rho")
+    elif model.sigma_min == model.sigma_max:
         level = f"'{CHECKPOINT}' knows only {model.sigma_min:g}"
         raise ValueError(f"--method {METHOD} needs many noise levels, and {level}: use mmse or langevin")
+    else:
+        sde.noise_levels(model.sigma_max, model.sigma_min, STEPS or 20, RHO)  # raises where RHO is too extreme
 
 
 def main():
     device = utils.pick_device(DEVICE)
     model = load_model(utils.find(CHECKPOINT), device, utils.pick_bfloat16(PRECISION, device))
     check_constants(model)
-    jobs = read_jobs(model)
-    _, steps, calls, draws = methods()[METHOD]
-    calls = (STEPS or steps) * calls * (DRAWS if draws else 1) + (METHOD != "mmse")
-    with tqdm(total=calls * sum(job.y[0].numel() for job in jobs), desc=METHOD, unit="px", unit_scale=True, leave=False) as bar:
-        for batch in batches(jobs):
-            denoise(model, batch, device, sum(job in jobs[:SHOWN] for job in batch), bar)
-            for job in batch:
-                write(job)
-    rows = [row for job in jobs for row in job.rows()]
-    if len(jobs) > 1:
-        rows = rows * (len(jobs) <= 16) + utils.means(rows, "method", picture=f"mean of {len(jobs)}")
-    print(utils.table(rows))
-    path = Path(OUTPUT, f"{Path(INPUT).stem}_{METHOD}.jpg")
-    show(jobs[:SHOWN], path)
-    print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
+    rows, shown, failed, count = [], [], [], 0
+    with tqdm(desc=METHOD, unit="px", unit_scale=True, leave=False, delay=2) as bar:
+        for batch in batches(read_jobs(model, device, bar.write, failed)):
+            show_them = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin)
+            filmed = max(0, min(SHOWN - len(shown), len(batch))) * show_them
+            denoise(model, batch, device, filmed, bar)
+            for k, job in enumerate(batch):
+                if k < filmed or job.x0 is None:
+                    doubt(model, job, device, bar)
+                paths = write(job)
+                if not job.picture.builtin:
+                    bar.write(f"wrote {' '.join(map(str, paths))}")
+                rows, count = rows + job.rows(), count + 1
+                shown += [job] * (k < filmed)
+    means = utils.means(rows, "method", picture=f"mean of {count}") if count > 1 else []
+    print(utils.table((rows if count <= 16 else []) + means))
+    if shown:
+        path = Path(OUTPUT, f"{Path(INPUT[0]).stem}_{METHOD}.jpg")
+        show(shown, path)
+        print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
+    else:
+        print("mmse has the least error, for measurements; a draw (sde) looks natural, but its finest texture is invented")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    utils.run_script(main, globals())
+    utils.run_script(main, globals(), positional="INPUT")

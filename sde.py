@@ -18,6 +18,7 @@ from itertools import pairwise
 from math import exp, expm1, log, sqrt
 
 import torch
+import torch.nn.functional as F
 
 # -----------------------------------------------------------------------------
 # Linear SDEs
@@ -325,3 +326,148 @@ def langevin(denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, no
         score = (denoiser(x, sigma) - x) / sigma**2
         x = x + step_size * score + sqrt(2 * step_size * temperature) * noise(x)
     return x
+
+
+# -----------------------------------------------------------------------------
+# What a denoiser says of the posterior
+# -----------------------------------------------------------------------------
+
+
+def posterior_covariance(denoiser, x, sigma):
+    """Return D = E[x0 | x] and `multiply`, v -> Cov[x0 | x] v = sigma^2 (dD/dx)^T v, v like x (Manor and Michaeli 2024, eq. 3).
+
+    One network call; each product is one backward pass through its graph, which lives as long as `multiply` does. Works
+    under torch.no_grad(), too. sigma: a float or (B,). The covariance is symmetric as far as D is the gradient it should be.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        denoised = denoiser(x, sigma)
+    variance = _per_image(sigma, x) ** 2
+
+    def multiply(v):
+        return variance * torch.autograd.grad(denoised, x, v, retain_graph=True)[0]
+
+    return denoised.detach(), multiply
+
+
+def expected_error(denoiser, y, sigma, probes=8, noise=torch.randn_like):
+    """Return E[x0 | y] and the variance of every value of x0 given y, both like y; its mean is the expected squared error.
+
+    The diagonal of Cov[x0 | y], as the mean of v * Cov v over vectors v of random signs (Hutchinson 1990; Bekas et al. 2007).
+    It is unbiased; a mean over many pixels is precise, a single value rough, and may be negative.
+    """
+    denoised, multiply = posterior_covariance(denoiser, y, sigma)
+    signs = [noise(y).sign() for _ in range(probes)]
+    return denoised, sum(v * multiply(v) for v in signs) / probes
+
+
+def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.randn_like):
+    """Return the largest variances of p(x0 | y), (B, K), falling, and their directions, (B, K, 3, H, W), each of norm 1.
+
+    Subspace iteration on products with Cov[x0 | y] (Manor and Michaeli 2024, algorithm 1), ended by the eigenvectors within
+    the subspace. An iteration takes K products and shrinks the error of a direction by the ratio of variance K + 1 to its own.
+    Raises ValueError unless 1 <= count <= the values of an image.
+    """
+    if not 1 <= count <= y[0].numel():
+        raise ValueError(f"count must lie between 1 and the {y[0].numel()} values of an image, not {count}")
+    _, multiply = posterior_covariance(denoiser, y, sigma)
+    spread = torch.stack([noise(y) for _ in range(count)], dim=1)  # (B, K, 3, H, W)
+    for _ in range(iterations):
+        basis = torch.linalg.qr(spread.flatten(2).mT)[0].mT.reshape(spread.shape)
+        spread = torch.stack([multiply(v) for v in basis.unbind(1)], dim=1)
+    inner = basis.flatten(2) @ spread.flatten(2).mT
+    variances, rotation = torch.linalg.eigh((inner + inner.mT) / 2)  # rising
+    return variances.flip(1), (rotation.mT @ basis.flatten(2)).reshape(basis.shape).flip(1)
+
+
+def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, start=None, iterations=16, tolerance=2e-3):
+    """Return the noise level, (B,), within [low, high] that makes each image y most likely under the learned density p_s.
+
+    With J = dD/dy, d log p_s(y) / ds = 0 is  |y - D|^2 = s^2 tr(I - J).  The root is found by Fisher's scoring,
+
+        s^2 <- s^2 + (|y - D|^2 - s^2 tr(I - J)) / tr((I - J)^2),
+
+    which needs one step where the prior is white; a step out of the bracket of known levels goes to its geometric middle.
+    Traces are means over `probes` fixed vectors of signs, the same for every image: an estimate depends on its image alone.
+    One network call and `probes` products an iteration, 4 to 13 of them. The standard error is s / sqrt(2 tr((I - J)^2)).
+
+    part(v, D, s) -> like v: an orthogonal projection P; the level is judged by |P (y - D)|^2 = s^2 tr(P (I - J)), true on
+    average for every P that does not look at the noise. A mask made from y does; one from D hardly does (`unclipped`).
+    together: all images have one level (tiles of a picture). start: where to begin, else in the geometric middle. Where a part
+    leaves nothing to judge by, low comes back. Raises ValueError unless 0 < low <= high.
+    """
+    if not 0 < low <= high:
+        raise ValueError(f"the levels to search must be 0 < low <= high, not {low} and {high}")
+    s = torch.full((len(y),), start or math.sqrt(low * high)).to(y)
+    below, above = torch.zeros_like(s), torch.full_like(s, math.inf)
+    for _ in range(iterations):
+        sums = [v.flatten(1).sum(1) for v in _scoring(denoiser, y, s, probes, part)]
+        excess, information = (v.sum().expand(len(y)) for v in sums) if together else sums
+        below, above = torch.where(excess > 0, s, below), torch.where(excess > 0, above, s)
+        new = (s**2 + excess / information).clamp(min=low**2).sqrt()
+        new = torch.where((below < new) & (new < above), new, (below * above).sqrt()).clamp(low, high)
+        change, s = (new / s).log().abs().max(), new
+        if change < tolerance:
+            break
+    return s
+
+
+def noise_map(denoiser, y, sigma, window=32, probes=4, part=None):
+    """Return the noise level around every pixel, (B, 1, H, W): one step of scoring from sigma, averaged over a square window.
+
+    Exact where the prior is white, drawn towards sigma where it is not; its standard error is that of `estimate_sigma` on a
+    picture of the window's size. Not a number where `part` leaves nothing.
+    """
+    excess, information = _scoring(denoiser, y, torch.full((len(y),), sigma).to(y), probes, part)
+    size = [min(window, n) // 2 * 2 + 1 for n in y.shape[2:]]  # odd, so that there is a middle
+    around = [F.avg_pool2d(v.mean(1, keepdim=True), size, 1, [n // 2 for n in size]) for v in (excess, information)]
+    return (sigma**2 + around[0] / around[1]).clamp(min=0).sqrt()
+
+
+def _scoring(denoiser, y, s, probes, part):
+    """Return per value of y: (y - D)^2 - s^2 (I - J)_ii, zero on average at the true level, and ((I - J)^2)_ii; s is (B,)."""
+    denoised, multiply = posterior_covariance(denoiser, y, s)
+    project = lambda v: part(v, denoised, s) if part else v  # noqa: E731
+    rng, variance, excess, information = torch.Generator().manual_seed(0), _per_image(s, y) ** 2, 0.0, 0.0
+    for _ in range(probes):
+        v = project(torch.randn(y.shape[1:], generator=rng).sign().to(y).expand_as(y))
+        rest = project(v - multiply(v) / variance)
+        excess, information = excess - variance * v * rest / probes, information + rest**2 / probes
+    return project(y - denoised) ** 2 + excess, information
+
+
+def unclipped(v, denoised, sigma, margin=1.5):
+    """Leave out the values that clipping to [0, 1] has touched: those with D within margin * sigma of an end. A `part`."""
+    reach = margin * _per_image(sigma, v)
+    return v * ((denoised > reach) & (denoised < 1 - reach))
+
+
+def luma(v, denoised, sigma, block=1):
+    """Keep of an image the mean of its channels over block x block pixels, where that is `unclipped`. A `part`.
+
+    Lossy files keep the noise of luma and smooth that of chroma; strong compression removes the finest luma, too.
+    """
+    mean = lambda a: F.interpolate(F.avg_pool2d(a.mean(1, keepdim=True), block), scale_factor=block)  # noqa: E731
+    return unclipped(mean(v), mean(denoised), sigma).expand_as(v)
+
+
+def grey(denoiser, noise):
+    """Return a denoiser of grey images, (B, 1, H, W), from one of colour images: x, sigma -> E[x0 | x], the mean of its channels.
+
+    The noise n of a grey image is the same in all channels. Zero-sum noise makes it white: with e unit Gaussian,
+    sigma n + sqrt(3) sigma (e_c - mean e) is independent between channels, of standard deviation sqrt(3) sigma and mean sigma n.
+    noise: e, (B, 3, H, W) like the image, kept fixed, so that this is one differentiable function and everything above
+    and every sampler work with it. Exact where luma and chroma are independent under the prior; the range of levels is
+    that of the network over sqrt(3). In a sampler the network sees a grey image with white noise at every level, so what is
+    drawn is grey; where luma and chroma depend on each other, its law is p(x0 | y) for grey x0 only as far as the network's is.
+    """
+    zero_sum = math.sqrt(3) * (noise - noise.mean(1, keepdim=True))
+
+    def one_channel(x, sigma):
+        return denoiser(x + _per_image(sigma, x) * zero_sum, math.sqrt(3) * sigma).mean(1, keepdim=True)
+
+    return one_channel
+
+
+def _per_image(sigma, x):  # -> (1 or B, 1, 1, 1) like x
+    return torch.as_tensor(sigma).to(x).reshape(-1, 1, 1, 1)

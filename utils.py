@@ -4,6 +4,9 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import functools
+import itertools
+import json
 import math
 import os
 import platform
@@ -11,14 +14,22 @@ import re
 import signal
 import sys
 import tempfile
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import skimage
+import tifffile
 import torch
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 from torchvision.datasets import CIFAR10
 
@@ -32,12 +43,13 @@ def options(constants):
     return {name.lower(): value for name, value in constants.items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", name)}
 
 
-def set_options(constants, arguments=None):
+def set_options(constants, arguments=None, positional=None):
     """Set the upper-case constants of a script, its globals(), to what the command line gives.
 
     `BATCH_SIZE = 64  # images per step` becomes `--batch-size`, of the constant's type, with the comment as its
     help. A tuple takes one or more values, a bool becomes --flag and --no-flag, and a constant that is None takes
-    a number or "none". A wrong option prints one line and exits with code 2.
+    a number or "none". A number may be a fraction. The constant `positional` also takes what has no option before it.
+    A wrong option prints one line and exits with code 2.
     """
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = .*?  # (.*)$", source, re.MULTILINE))
@@ -55,17 +67,27 @@ def set_options(constants, arguments=None):
         else:
             example = value[0] if isinstance(value, tuple) else value
             metavar = {int: "INT", float: "NUMBER", str: "TEXT"}[type(example)]
-            option.update(type=type(example), metavar=metavar, nargs="+" if isinstance(value, tuple) else None)
+            option.update(
+                type=_number if metavar == "NUMBER" else type(example),
+                metavar=metavar,
+                nargs="+" if isinstance(value, tuple) else None,
+            )
         parser.add_argument("--" + name.replace("_", "-"), **option)
+        if name.upper() == positional:
+            parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, metavar=positional)
     for name, value in vars(parser.parse_args(arguments)).items():
         constants[name.upper()] = tuple(value) if isinstance(value, list) else value
 
 
 def _number_or_none(text):
+    return None if text.lower() == "none" else int(text) if text.isdecimal() else _number(text)
+
+
+def _number(text):
     try:
-        return None if text.lower() == "none" else int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"neither a number nor none: '{text}'") from None
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"not a number: '{text}'") from None
 
 
 def check(condition, name, value, words):
@@ -74,11 +96,11 @@ def check(condition, name, value, words):
         raise ValueError(f"--{name.lower().replace('_', '-')} {words}, not {value}")
 
 
-def run_script(main, constants):
+def run_script(main, constants, positional=None):
     """Set the constants of a script and run its main(): bad input is one line on stderr and exit code 2, Ctrl-C is code 130."""
     script = Path(constants["__file__"]).name
     try:
-        set_options(constants)
+        set_options(constants, positional=positional)
         main()
     except (ValueError, OSError) as error:
         _fail(script, error)
@@ -144,46 +166,360 @@ def stop_signals():
 
 
 # -----------------------------------------------------------------------------
-# Images
+# Pictures
 # -----------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SAMPLES = ("astronaut", "chelsea", "coffee", "motorcycle_left", "rocket")  # come with scikit-image
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "PPM", "JPEG2000")  # none that runs another program
+SUFFIXES = {".npy"} | {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "YCbCr": "RGB", "RGBX": "RGB"}  # read as
+RESULTS = ".denoise"  # hidden list in each folder of results: a line [name, owner, mtime, size] for every file written
 
 
-def read_images(source, data_dir="data"):
-    """Read images to denoise: a list of (name, array), every name once, each array float32 (H, W, 3) in [0, 1].
+@dataclass
+class Picture:
+    """One picture, and what it takes to write another one like it."""
 
-    source: "samples" (five photographs that scikit-image installs, as thumbnails of 128 x 128 pixels), "cifar10"
-    (its test images), or a path: an image file, a .npy array, or a folder of them. An array is uint8, or floats in
-    [0, 1] plus noise, which are neither clipped nor rounded; (H, W, 3) or (N, H, W, 3).
-    Raises FileNotFoundError, or ValueError naming the file that cannot be read.
+    pixels: np.ndarray  # float32 (H, W, 3), or (H, W, 1) if grey; [0, 1] plus noise, never clipped; upright
+    shape: tuple  # of the file's array, upright: (H, W) or (H, W, channels)
+    dtype: np.dtype  # of the file's values
+    alpha: np.ndarray | None = None  # (H, W), the file's values
+    inks: np.ndarray | None = None  # (H, W, 4), the file's values, if they are cyan, magenta, yellow and black
+    suffix: str = ".png"  # of its result
+    info: dict = field(default_factory=dict)  # colour profile, EXIF data, resolution, by their names in Pillow's save
+    note: str = ""  # what is not kept of it
+    black: float = 0.0  # the file's value of 0
+    white: float = 255.0  # the file's value of 1
+    name: str = ""  # unique in its run, with sub-folders: "holiday/beach"
+    source: str = ""  # where it is from: the whole path, and the frame
+
+    @property
+    def builtin(self):
+        return self.source.startswith(("samples#", "cifar10#"))
+
+
+def read_pictures(sources, data_dir="data", white=None, notify=print, failed=None):
+    """Yield the Pictures of all sources, every frame of every file, one after another, so that memory holds one at a time.
+
+    sources: one or more of "samples" (five photographs that scikit-image installs, as thumbnails), "cifar10" (its test
+    images), files, and folders, with their sub-folders but without hidden files and our own results.
+    white: the value of white in files that are not 8-bit; None: found, and said where it is not plain. notify gets a line
+    for all that a user must know, the list `failed` the path of each file that cannot be read; the rest goes on.
+    Raises FileNotFoundError for a source that is not there, ValueError if there is nothing to read.
     """
-    if source == "samples":
-        return [(name, _to_float(_thumbnail(photograph, 128))) for name, photograph in _sample_photographs()]
-    if source == "cifar10":
-        return [(f"cifar10_{i:05d}", _to_float(x)) for i, x in enumerate(_cifar10(data_dir, train=False))]
-    images = []
-    for path, array in _read_path(source):
-        if array.ndim == 3:
-            images.append((path.stem, _to_float(array)))
+    failed, taken = [] if failed is None else failed, set()
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    files = _find_files(sources, notify, failed)
+    for name, path in files:
+        try:
+            for picture in _builtin(path, data_dir) if path in ("samples", "cifar10") else _read_file(path, name, white, notify):
+                picture.name = next(n for n in _numbered(picture.name) if n.casefold() not in taken)  # a.png beside a.jpg
+                taken.add(picture.name.casefold())
+                yield picture
+        except _Unreadable as error:
+            if len(files) == 1 and not taken:
+                raise
+            failed.append(path)
+            notify(error)
+    if not taken:
+        what = f"none of {len(failed)} files can be read" if failed else f"no picture ({' '.join(sorted(SUFFIXES))})"
+        raise ValueError(f"{what} in {' '.join(map(str, sources))}")
+
+
+class _Unreadable(ValueError):
+    pass
+
+
+def _find_files(sources, notify, failed):  # -> [(name, path)], of which both may also be "samples" or "cifar10"
+    files, others = [], Counter()
+    for source in sources:
+        path = Path(source)
+        if source in ("samples", "cifar10"):
+            files.append((source, source))
+        elif not os.path.lexists(path):
+            raise FileNotFoundError(f"no such file or folder: '{source}' (and not 'samples' or 'cifar10')")
+        elif not path.is_dir():
+            files.append((path.stem, path))
         else:
-            images += [(f"{path.stem}_{i:05d}", _to_float(x)) for i, x in enumerate(array)]
-    taken = set()  # names that stand twice (a.png and a.jpg, or in two folders) are told apart by a number
-    for k, (name, image) in enumerate(images):
-        number, unique = 1, name
-        while unique in taken:
-            number, unique = number + 1, f"{name}_{number + 1}"
-        taken.add(unique)
-        images[k] = (unique, image)
-    return images
+            for folder, below, names in os.walk(path, onerror=lambda error: (failed.append(error.filename), notify(error))):
+                below[:] = sorted(name for name in below if name[0] != ".")
+                for found in (Path(folder, name) for name in sorted(names) if name[0] != "."):
+                    if found.suffix.lower() in SUFFIXES:
+                        files.append((found.relative_to(path).with_suffix("").as_posix(), found))
+                    else:
+                        others[found.suffix.lower() or "without suffix"] += 1
+    if others:
+        notify(f"{others.total()} other files are not read: {', '.join(f'{n} {suffix}' for suffix, n in others.most_common())}")
+    pictures = [(name, path) for name, path in files if not is_result(path)]
+    if len(pictures) < len(files):
+        notify(f"{len(files) - len(pictures)} results of earlier runs are not read; to denoise one again, copy it")
+    return pictures
+
+
+def _builtin(source, data_dir):
+    if source == "samples":
+        arrays = [(name, _thumbnail(photograph, 128)) for name, photograph in _sample_photographs()]
+    else:
+        arrays = ((f"cifar10_{i:05d}", x) for i, x in enumerate(_cifar10(data_dir, train=False)))
+    for name, array in arrays:
+        yield _finished(_raw(array), name, f"{source}#{name}", 0, 255)
+
+
+def _read_file(path, name, white, notify):
+    try:
+        some = list(itertools.islice(_frames(path), 2))  # most files have one frame, and are read once; others twice
+        several = len(some) > 1
+        black, white, found = _value_range((p.pixels for p in (_frames(path) if several else some)), white)
+        for line in (found, some[0].note, "several frames, each a picture of its own" if several else ""):
+            if line:
+                notify(f"'{path}': {line}")
+        for k, picture in enumerate(_frames(path) if several else some):
+            number, frame = (f"_{k:05d}", f"#{k}") if several else ("", "")
+            yield _finished(picture, name + number, f"{path.resolve()}{frame}", black, white)
+    except Exception as error:  # whatever damaged pixels, headers or tags can raise
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else (str(error).splitlines() or [""])[0]
+        raise _Unreadable(f"'{path}' cannot be read: {reason or type(error).__name__}") from None
+
+
+def _frames(path):
+    """Yield every frame of a file as a Picture whose pixels are still the file's values, upright."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")  # to open a pipe would wait for ever
+    with open(path, "rb") as file:
+        head = file.read(2**20)  # a profile may stand before what tells the depth
+    if path.suffix.lower() == ".npy":
+        array, channels = np.load(path, mmap_mode="r", allow_pickle=False), (1, 3, 4)
+        stack = array.ndim == 4 or (array.ndim == 3 and array.shape[2] not in channels and array.shape[0] not in channels)
+        yield from (_raw(frame, suffix=".npy") for frame in (array if stack else array[None]))
+        return
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        with tifffile.TiffFile(path) as tiff:
+            pages = [page for page in tiff.pages if not page.is_reduced]  # no thumbnails
+            if pages[0].bitspersample > 8:
+                yield from map(_deep_tiff, pages)
+                return
+    with warnings.catch_warnings(action="ignore"):  # of odd tags
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        for k in range(1 if image.format == "MPO" else getattr(image, "n_frames", 1)):
+            image.seek(k)
+            if image.format != "TIFF" or not image.tag_v2.get(254, 0) & 1:  # no thumbnail
+                orientation, deep = image.getexif().get(0x0112, 1), _deep(path, image, head, k)
+                frame = ImageOps.exif_transpose(image)
+                mode = MODES.get(frame.mode, frame.mode)
+                mode += "A" if frame.has_transparency_data and mode in ("L", "RGB") else ""
+                if mode == "LAB":
+                    raise ValueError("Lab colours: save it as RGB first")
+                note = {"1": "1 bit, written as 8-bit grey"}.get(frame.mode, "")
+                if image.format == "MPO":  # the second is a map of brightness or a preview
+                    note = f"{image.n_frames} pictures, of which the first is read"
+                info = {key: frame.info[key] for key in ("icc_profile", "exif", "dpi") if key in frame.info}
+                suffix = ".tif" if image.format == "TIFF" or mode in ("F", "CMYK") else ".png"
+                array = np.asarray(frame.convert(mode)) if deep is None else _upright(deep, orientation)
+                yield _raw(array, mode == "CMYK", suffix=suffix, info=info, note=note)
+
+
+def _deep(path, image, head, k):
+    """Return the values of a frame of which Pillow keeps 8 bits though it has more, stretched to 16; else None."""
+    if image.format == "PNG" and head[24] == 16 and head[25]:  # more than grey, of which Pillow keeps all
+        array, most = imagecodecs.png_decode(path.read_bytes()), 65535
+    elif image.format == "JPEG2000" and image.mode[0] != "I" and head[(size := head.find(b"\xffO\xffQ") + 42)] & 127 > 7:
+        array, most = imagecodecs.jpeg2k_decode(path.read_bytes()), 2 ** (1 + (head[size] & 127)) - 1
+    elif image.format == "AVIF" and (flags := head[head.find(b"av1C") + 6]) & 64:
+        array, most = imagecodecs.avif_decode(path.read_bytes()), 4095 if flags & 32 else 1023
+        array = array[k] if array.ndim == 4 else array  # its own argument `index` crashes the interpreter (2026.3.6)
+    elif image.format == "PPM" and image.mode == "RGB" and image.tile[0].codec_name == "ppm" and image.tile[0].args[1] > 255:
+        array, most = np.fromfile(path, ">u2", 3 * image.width * image.height, offset=image.tile[0].offset), image.tile[0].args[1]
+        array = array.reshape(image.height, image.width, 3)
+    else:
+        return None
+    return array if most == 65535 else np.rint(array * np.float32(65535 / most)).astype(np.uint16)
+
+
+def _deep_tiff(page):
+    if page.photometric not in (0, 1, 2, 5) or 1 in page.extrasamples:
+        raise ValueError(f"{page.photometric.name} {page.dtype}, or premultiplied alpha: save it as plain RGB first")
+    array = np.moveaxis(page.asarray(), 0, -1) if page.axes == "SYX" else page.asarray()
+    array = ~array if page.photometric == 0 else array  # where 0 is white
+    info = {"icc_profile": page.tags.valueof(34675)} if page.tags.valueof(34675) else {}
+    return _raw(_upright(array, page.tags.valueof(274, 1)), page.photometric == 5, suffix=".tif", info=info)
+
+
+def _upright(array, orientation):  # the eight of EXIF
+    array = array.swapaxes(0, 1) if orientation >= 5 else array
+    array = array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+    return array[::-1] if orientation in (3, 4, 7, 8) else array
+
+
+def _raw(array, cmyk=False, **rest):
+    channels, alpha = array.shape[2] if array.ndim == 3 else 1, None
+    if array.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or array.dtype.kind not in "buif" or 0 in array.shape:
+        raise ValueError(f"{array.dtype} of shape {array.shape}; expected (H, W), (H, W, 1, 3 or 4) or a stack of these")
+    values = np.asarray(array, array.dtype.newbyteorder("=")).reshape(*array.shape[:2], channels)
+    if channels in (2, 4) and not cmyk:
+        alpha, values = values[..., -1].copy(), _filled(values[..., :-1], values[..., -1] > 0)
+    return Picture(values, array.shape, values.dtype, alpha, **rest)
+
+
+def _filled(values, visible):
+    """Give hidden pixels the colours of visible ones, mirrored at the nearest: what lies under alpha 0 reaches no neighbour."""
+    if visible.all() or not visible.any():
+        return values
+    near = ndimage.distance_transform_edt(~visible, return_distances=False, return_indices=True)
+    mirrored = 2 * near
+    mirrored -= np.indices(visible.shape, np.int32)
+    for axis, size in enumerate(visible.shape):
+        mirrored[axis].clip(0, size - 1, out=mirrored[axis])
+    return values[tuple(np.where(visible[tuple(mirrored)], mirrored, near))]
+
+
+def _value_range(arrays, white):
+    """Return black and white of a file's values, and a line that says so where it is not plain."""
+    low, high, dark, bright = np.inf, -np.inf, np.inf, -np.inf
+    for values in arrays:
+        dtype = values.dtype
+        if dtype in (np.bool_, np.uint8) or white:
+            return 0, {np.bool_: 1, np.uint8: 255}.get(dtype.type, white), ""
+        low, high = float(np.minimum(low, values.min())), float(np.maximum(high, values.max()))  # which keep what is no number
+        means = ndimage.uniform_filter(values.astype(np.float32), (16, 16, 1)) if dtype.kind == "f" else values
+        dark, bright = min(dark, float(means.min())), max(bright, float(means.max()))  # without the noise, which has no bounds
+    if not np.isfinite([low, high]).all():
+        raise ValueError("values that are not numbers")
+    slack = 0.25 if dtype.kind == "f" else 0
+    ranges = [(0, 2**bits - 1) for bits in (8, 10, 12, 14, 15 if dtype == np.int16 else 16) if not slack or bright > 2**bits / 8]
+    ranges = [*([(0, 1), (-1, 1)] if slack else []), *ranges, (low, max(high, low + 1))]
+    black, white = next((a, b) for a, b in ranges if a - slack * (b - a) <= dark and bright <= b + slack * (b - a))
+    plain = (dtype == np.uint16 and white == 65535) or (black == 0 <= low and high <= 1 == white)
+    said = f"{dtype} values from {low:.6g} to {high:.6g}, read as {black:.6g} (black) to {white:.6g} (white)"
+    return black, white, "" if plain else said
+
+
+def _finished(picture, name, source, black, white):
+    values = picture.pixels
+    pixels = np.array(values, np.float32)
+    pixels -= np.float32(black)
+    pixels /= np.float32(white - black)
+    if values.shape[2] == 4:
+        picture.inks, pixels = values, (1 - pixels[..., :3]) * (1 - pixels[..., 3:])
+    elif (values[..., 1:] == values[..., :1]).all():
+        pixels = pixels[..., :1].copy()
+    picture.pixels, picture.name, picture.source, picture.black, picture.white = pixels, name, source, black, white
+    return picture
+
+
+def write_picture(path, picture, pixels, owner):
+    """Write pixels (H, W, 1 or 3), in place of those of the picture, to a path whose suffix says how.
+
+    .npy: floats in the file's own range, unclipped. .tif: as the file was. Others: clipped and rounded to 8 bits, .png to
+    16 where there are more. Size, channels, alpha, profile are the picture's. owner: see free_name. Raises ValueError.
+    """
+    path, suffix = Path(path), Path(path).suffix.lower()
+    dtype, black, white, alpha = picture.dtype, picture.black, picture.white, picture.alpha
+    most, is_tiff = np.dtype(np.uint16 if suffix == ".png" else np.uint8), suffix in (".tif", ".tiff")
+    if suffix == ".npy":
+        dtype = np.result_type(dtype, np.float32)
+    elif not is_tiff and dtype not in (np.uint8, most):
+        dtype, black, white = most, 0, np.iinfo(most).max
+        if alpha is not None:
+            alpha = np.rint(alpha / (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1) * white)
+    if picture.inks is None:
+        channels = 1 if len(picture.shape) == 2 else picture.shape[2]
+        values = np.broadcast_to(pixels, (*pixels.shape[:2], channels - (alpha is not None)))
+    elif is_tiff:
+        values = _separated(pixels, (picture.inks - np.float32(black)) / np.float32(white - black))
+    else:
+        raise ValueError(f"'{path}': the four inks of '{picture.name}' need the suffix .tif")
+    values = values * np.float32(white - black)  # from here in place: a large picture is large in floats
+    values += np.float32(black)
+    values = (np.rint(values, out=values).clip(black, white, out=values) if dtype.kind in "iu" else values).astype(dtype)
+    if alpha is not None:
+        values = np.concatenate([values, alpha[..., None].astype(dtype)], axis=2)
+    values = values.reshape(picture.shape) if suffix == ".npy" or values.shape[2] > 1 else values[..., 0]
+    with replacing(path) as temporary:
+        if suffix == ".npy":
+            np.save(temporary, values)
+        elif is_tiff:
+            kind = "minisblack" if values.ndim == 2 or values.shape[2] == 2 else "rgb" if picture.inks is None else "separated"
+            extra, profile = None if alpha is None else ["unassalpha"], picture.info.get("icc_profile")
+            tifffile.imwrite(temporary, values, photometric=kind, extrasamples=extra, iccprofile=profile, metadata=None)
+        elif dtype == np.uint16:
+            _write_png16(temporary, values, picture.info)
+        else:
+            subsampling = {"subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
+            Image.fromarray(values).save(temporary, quality=95, **subsampling, **picture.info)
+    remember(path, owner)
+    return path
+
+
+def _separated(rgb, inks):  # the given inks, changed until (1 - cmy) * (1 - k) is rgb
+    k = np.minimum(inks[..., 3:], 1 - rgb.max(axis=2, keepdims=True)).clip(0, 1)
+    paper = np.divide(rgb, 1 - k, out=1 - inks[..., :3], where=k < 1)
+    return np.concatenate([1 - paper, k], axis=2)
+
+
+def _write_png16(path, values, info):
+    data = imagecodecs.png_encode(np.ascontiguousarray(values), level=1, strategy=3, filter=16)  # noise packs no better
+    with open(path, "wb") as file:
+        file.write(data[:33])  # up to the end of the header
+        if "icc_profile" in info:
+            PngImagePlugin.putchunk(file, b"iCCP", b"ICC profile\0\0" + zlib.compress(info["icc_profile"]))
+        if "exif" in info:
+            PngImagePlugin.putchunk(file, b"eXIf", info["exif"].removeprefix(b"Exif\0\0"))
+        file.write(data[33:])
+
+
+# Whose file is it? Each folder of results holds a hidden list of what we wrote there. A file of that list that has been
+# neither changed nor replaced since is ours: it is not read, and whoever wrote it may write it again.
+
+
+@functools.cache  # read once, then kept up by remember(); what another process adds meanwhile counts as a stranger's
+def _results(folder):
+    try:
+        lines = Path(folder, RESULTS).read_text(encoding="utf-8").splitlines()
+        return {name: rest for name, *rest in map(json.loads, lines)}
+    except (OSError, ValueError):
+        return {}
+
+
+def is_result(path, owner=None):
+    """Whether the file was written by us (by that owner, if one is named) and nobody has touched it since."""
+    try:
+        path = Path(path)
+        writer, *stamp = _results(path.parent.resolve())[path.name]
+        return owner in (None, writer) and stamp == [path.stat().st_mtime_ns, path.stat().st_size]
+    except (KeyError, OSError):
+        return False
+
+
+def remember(path, owner):
+    """Note that we wrote this file: see free_name."""
+    entry = [owner, path.stat().st_mtime_ns, path.stat().st_size]
+    _results(path.parent.resolve())[path.name] = entry
+    with open(path.parent / RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps([path.name, *entry]) + "\n")
+
+
+def free_name(folder, name, endings, owner):
+    """Return name, or name_2, name_3, ...: the first one with which no file of these endings is overwritten.
+
+    owner: a text that says who writes, from which source and with which options; what this very owner wrote before, and
+    nobody has touched since, is overwritten.
+    """
+    for free in _numbered(name):
+        paths = [Path(folder, free + ending) for ending in endings]
+        if all(is_result(path, owner) or not os.path.lexists(path) for path in paths):
+            return free
+
+
+def _numbered(name):  # name, name_2, name_3, ...
+    return itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
 
 
 def read_patches(source, data_dir="data", train=True, size=32):
     """Read images to train on: a uint8 tensor (N, 3, size, size).
 
     source: "cifar10" (its training images, or its test images if not train), "samples" (the five photographs),
-    or a path as in read_images. Whatever is larger is cut into patches side by side; a smaller image is refused.
+    or a path as in read_pictures. Whatever is larger is cut into patches side by side; a smaller image is refused.
     """
     if source == "cifar10":
         stacks = [_cifar10(data_dir, train)]
@@ -191,11 +527,18 @@ def read_patches(source, data_dir="data", train=True, size=32):
         stacks = [photograph[None] for _, photograph in _sample_photographs()]
     else:
         stacks = []
-        for path, array in _read_path(source):
-            if min(array.shape[-3:-1]) < size:
-                raise ValueError(f"'{path}' is {array.shape[-2]} x {array.shape[-3]} pixels, smaller than {size} x {size}")
-            stacks.append(array if array.ndim == 4 else array[None])
-    return torch.from_numpy(np.concatenate([_cut(_to_uint8(x), size) for x in stacks])).permute(0, 3, 1, 2).contiguous()
+        for picture in read_pictures(source):
+            height, width, _ = picture.pixels.shape
+            if min(height, width) < size:
+                raise ValueError(f"'{picture.source}' is {width} x {height} pixels, smaller than {size} x {size}")
+            pixels = np.rint(picture.pixels.clip(0, 1) * 255).astype(np.uint8)
+            stacks.append(np.broadcast_to(pixels, (height, width, 3))[None])
+    return torch.from_numpy(np.concatenate([_cut(x, size) for x in stacks])).permute(0, 3, 1, 2).contiguous()
+
+
+def read_images(source, data_dir="data"):
+    """Read all pictures of a source at once, in colour: a list of (name, float32 (H, W, 3))."""
+    return [(p.name, np.repeat(p.pixels, 4 - p.pixels.shape[2], axis=2)[..., :3]) for p in read_pictures(source, data_dir)]
 
 
 def _cut(images, size):  # (N, H, W, 3) -> (N * rows * columns, size, size, 3)
@@ -203,14 +546,6 @@ def _cut(images, size):  # (N, H, W, 3) -> (N * rows * columns, size, size, 3)
     rows, columns = height // size, width // size
     grid = images[:, : rows * size, : columns * size].reshape(n, rows, size, columns, size, 3)
     return grid.swapaxes(2, 3).reshape(-1, size, size, 3)
-
-
-def _to_float(array):
-    return array.astype(np.float32) / 255 if array.dtype == np.uint8 else array.astype(np.float32)
-
-
-def _to_uint8(array):
-    return array if array.dtype == np.uint8 else (array.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _sample_photographs():
@@ -235,44 +570,6 @@ def _cifar10(data_dir, train):  # -> uint8 (N, 32, 32, 3)
         ) from None
 
 
-def _read_path(source):
-    """Return (path, array) of an image or array file, or of every such file in a folder, in the order of names."""
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: '{source}' (and not 'samples' or 'cifar10')")
-    if path.is_file():
-        return [(path, _read_file(path))]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*IMAGE_SUFFIXES, ".npy") and p.is_file())
-    if not files:
-        raise ValueError(f"no image ({' '.join(IMAGE_SUFFIXES)}) and no .npy array in the folder '{source}'")
-    return [(p, _read_file(p)) for p in files]
-
-
-def _read_file(path):
-    if path.suffix.lower() != ".npy":
-        try:
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode[0] in "IF":  # 16-bit or float greys, which convert("RGB") would clip
-                    grey = np.asarray(image, dtype=np.float32) / (1 if image.mode == "F" else 65535)
-                    return np.repeat(grey[:, :, None], 3, axis=2)
-                return np.asarray(image.convert("RGB"))
-        except Exception as error:  # whatever damaged pixels, headers or tags can raise
-            raise ValueError(f"'{path}' cannot be read as an image ({type(error).__name__})") from None
-    try:
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of arrays")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"'{path}' cannot be read as a .npy array ({type(error).__name__})") from None
-    if array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
-        raise ValueError(f"'{path}' has shape {array.shape}; expected (H, W, 3) or (N, H, W, 3)")
-    if array.dtype != np.uint8 and not (array.dtype.kind == "f" and -0.5 <= array.mean() <= 1.5):
-        mean = f" of mean {array.mean():.3g}" if array.dtype.kind in "fiu" else ""
-        raise ValueError(f"'{path}' holds {array.dtype}{mean}; expected uint8, or floats in [0, 1] plus noise")
-    return array
-
-
 def add_noise(images, sigma, seed):
     """Return each image plus sigma times unit Gaussian noise, neither clipped nor rounded.
 
@@ -289,14 +586,14 @@ def add_noise(images, sigma, seed):
 
 
 def psnr(images, x0):
-    """Peak signal-to-noise ratio in dB of each image, clipped to [0, 1]; (B, 3, H, W) tensors -> (B,)."""
+    """Peak signal-to-noise ratio in dB of each image, clipped to [0, 1]; (B, C, H, W) tensors -> (B,)."""
     return -10 * ((images.clamp(0, 1).double() - x0) ** 2).mean(dim=(1, 2, 3)).log10()
 
 
 def ssim(images, x0):
     """Structural similarity (Wang et al. 2004, Gaussian window) of each image, clipped to [0, 1].
 
-    (B, 3, H, W) tensors -> (B,) array; nan for images below 11 x 11 pixels, the size of the window.
+    (B, C, H, W) tensors -> (B,) array; nan for images below 11 x 11 pixels, the size of the window.
     """
     if min(x0.shape[2:]) < 11:
         return np.full(len(x0), np.nan)
@@ -305,44 +602,35 @@ def ssim(images, x0):
     return np.array([structural_similarity(a, b, channel_axis=0, data_range=1, **options) for a, b in pairs])
 
 
-def estimate_sigma(image):
-    """Estimate the noise level of one (H, W, 3) image by its finest diagonal wavelets (Donoho and Johnstone 1994, sec. 4.2).
-
-    Their median absolute value is 0.6745 sigma if they hold noise alone; fine texture makes the estimate too high.
-    """
-    import pywt  # here, since only pictures of unknown noise need it
-
-    _, (_, _, diagonal) = pywt.dwt2(image.astype(np.float64), "db2", axes=(0, 1))
-    return float(np.median(np.abs(diagonal), axis=(0, 1)).mean() / 0.6745)
-
-
 # -----------------------------------------------------------------------------
 # Around a denoiser
 # -----------------------------------------------------------------------------
 
 
-def tiled(denoiser, pixels, bar=None, halo=96):
-    """Return a denoiser that works in tiles of about `pixels` pixels where x (B, 3, H, W) has more, and moves a progress bar.
+def over_tiles(function, x, pixels, bar=None, halo=96):
+    """Return function(x), computed in tiles of about `pixels` pixels where x (B, C, H, W) has more, and move a progress bar.
 
-    Each tile sees `halo` pixels around it, about the network's reach, and starts on the grid of its attention windows, so
-    the seams differ from the whole by little more than rounding.
+    function: from (B, C, h, w) to (B, any, h, w). Each tile sees `halo` pixels around it, about the network's reach, and starts
+    on the grid of its attention windows, so the seams differ from the whole by little more than rounding.
     """
+    height, width = x.shape[2:]
+    size = max(64, math.isqrt(pixels) - 2 * halo) // 32 * 32 if height * width > pixels else max(height, width)
+    out = None
+    for top in range(0, height, size):
+        for left in range(0, width, size):
+            up, back = min(top, halo), min(left, halo)
+            part = function(x[:, :, top - up : top + size + halo, left - back : left + size + halo])
+            out = x.new_empty(len(x), part.shape[1], height, width) if out is None else out
+            tile = out[:, :, top : top + size, left : left + size]
+            tile[:] = part[:, :, up : up + tile.shape[2], back : back + tile.shape[3]]
+            if bar is not None:
+                bar.update(tile[:, 0].numel())
+    return out
 
-    def in_tiles(x, sigma):
-        height, width = x.shape[2:]
-        size = max(64, math.isqrt(pixels) - 2 * halo) // 32 * 32 if height * width > pixels else max(height, width)
-        out = torch.empty_like(x)
-        for top in range(0, height, size):
-            for left in range(0, width, size):
-                up, back = min(top, halo), min(left, halo)
-                tile = out[:, :, top : top + size, left : left + size]
-                part = x[:, :, top - up : top + size + halo, left - back : left + size + halo]
-                tile[:] = denoiser(part, sigma)[:, :, up : up + size, back : back + size]
-                if bar is not None:
-                    bar.update(tile[:, 0].numel())
-        return out
 
-    return in_tiles
+def tiled(denoiser, pixels, bar=None, halo=96):
+    """Return a denoiser that works in tiles: see over_tiles."""
+    return lambda x, sigma: over_tiles(lambda part: denoiser(part, sigma), x, pixels, bar, halo)
 
 
 class Film:
@@ -458,12 +746,16 @@ def table(rows):
 
 
 def means(rows, key, **labels):
-    """Return for each value of rows[key] one row: the labels, and the mean of every column of numbers."""
+    """Return for each value of rows[key] one row: the labels, and the mean of every column of numbers that all rows have."""
     groups = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
     return [
-        {c: labels.get(c, v if isinstance(v, str) else float(np.mean([row[c] for row in group]))) for c, v in group[0].items()}
+        {
+            column: labels.get(column, value) if isinstance(value, str) else float(np.mean([row[column] for row in group]))
+            for column, value in group[0].items()
+            if all(type(row.get(column)) is type(value) for row in group)
+        }
         for group in groups.values()
     ]
 
@@ -504,7 +796,7 @@ def plot_pictures(path, rows, detail=40):
     grid = []
     for row in rows:
         grid.append([(title, crop(image, 256), caption) for title, image, caption in row])
-        if max(row[0][1].shape[1:]) > 64:
+        if detail and max(row[0][1].shape[1:]) > 64:
             grid.append([("", crop(image, detail), "") for _, image, _ in row])
     columns = max(map(len, grid))
     figure = Figure(figsize=(1.6 * columns, 1.75 * len(grid) + 0.2), layout="constrained")
@@ -547,5 +839,32 @@ def crop(x, size):
 
 
 def to_array(x):
-    """Return a (3, H, W) image in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
-    return (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    """Return an image (1 or 3, H, W) in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
+    return (x.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+
+
+def save_map(path, values, title, owner):
+    """Write a map (C, H, W) as it is to path.npy, and its root mean square over 5 x 5 pixels as a figure to path.png."""
+    with replacing(f"{path}.npy") as temporary:
+        np.save(temporary, values.permute(1, 2, 0).numpy())
+    image, (height, width) = np.sqrt(ndimage.uniform_filter((values**2).mean(0).numpy(), 5)), values.shape[1:]
+    figure = Figure(figsize=(6.5, min(12, 0.6 + 5.5 * height / width)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(image, cmap="magma", vmin=0, vmax=np.quantile(image, 0.99), interpolation="nearest")
+    figure.colorbar(drawn, shrink=0.8)
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+    save_figure(f"{path}.png", figure)
+    for suffix in (".npy", ".png"):
+        remember(Path(f"{path}{suffix}"), owner)
+
+
+def save_components(path, middle, deviations, directions):
+    """Draw, for each direction (C, H, W) of norm 1, what lies -2 to 2 standard deviations from the estimate along it."""
+    rows = []
+    for k, (deviation, direction) in enumerate(zip(deviations, directions)):
+        rows.append(
+            [(f"{t:+d} sd", middle + t * deviation * direction, f"component {k + 1}" * (t == 0)) for t in (-2, -1, 0, 1, 2)]
+        )
+        rows[-1].append(("direction", 0.5 + direction / direction.abs().max() / 2, ""))
+    plot_pictures(path, rows, detail=0)

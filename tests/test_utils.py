@@ -92,95 +92,6 @@ def test_a_wrong_option_is_one_line_and_code_two(constants, capsys, line):
 # -----------------------------------------------------------------------------
 
 
-def test_pictures_of_every_kind_become_rgb_in_the_unit_interval(tmp_path):
-    rgb = gradient(6, 8)
-    Image.fromarray(rgb).save(tmp_path / "a_rgb.png")
-    Image.fromarray(rgb[:, :, 0]).save(tmp_path / "b_grey.png")
-    Image.fromarray(np.dstack([rgb, np.full((6, 8), 255, np.uint8)])).save(tmp_path / "c_alpha.png")
-    Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "d_deep.png")
-    Image.fromarray(rgb[:, :, 0].astype(np.float32) / 255).save(tmp_path / "d_float.tif")
-    np.save(tmp_path / "e_bytes.npy", rgb)
-    np.save(tmp_path / "f_stack.npy", np.stack([rgb, rgb]))
-    noisy = rgb / 255 + np.random.default_rng(0).normal(0, 0.3, rgb.shape)
-    np.save(tmp_path / "g_floats.npy", noisy)
-    (tmp_path / "notes.txt").write_text("not an image")
-    images = dict(utils.read_images(tmp_path))
-    assert list(images) == [
-        "a_rgb",
-        "b_grey",
-        "c_alpha",
-        "d_deep",
-        "d_float",
-        "e_bytes",
-        "f_stack_00000",
-        "f_stack_00001",
-        "g_floats",
-    ]
-    assert all(x.dtype == np.float32 and x.shape == (6, 8, 3) for x in images.values())
-    grey = np.repeat(rgb[:, :, :1], 3, axis=2)
-    for name, expected in {
-        "a_rgb": rgb,
-        "b_grey": grey,
-        "c_alpha": rgb,
-        "d_deep": grey,
-        "d_float": grey,
-        "e_bytes": rgb,
-        "f_stack_00001": rgb,
-    }.items():
-        np.testing.assert_allclose(images[name], expected / 255, atol=1e-6)
-    np.testing.assert_allclose(images["g_floats"], noisy, atol=1e-6)  # neither clipped nor rounded
-    assert images["g_floats"].min() < 0
-
-
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees to view
-    Image.fromarray(gradient(6, 8)).save(tmp_path / "turned.png", exif=exif)
-    ((_, image),) = utils.read_images(tmp_path / "turned.png")
-    np.testing.assert_allclose(image, np.rot90(gradient(6, 8), -1) / 255, atol=1e-6)
-
-
-def test_images_of_one_name_stay_apart(tmp_path):
-    for name in ("same.jpg", "same.png", "same_2.png", "sub/same.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(gradient(4, 4)).save(tmp_path / name)
-    names = [name for name, _ in utils.read_images(tmp_path)]
-    assert names[0] == "same" and len(set(names)) == 4
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "text.npy").write_text("not an array")
-    Image.fromarray(gradient(64, 64)).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-40])
-    np.save(tmp_path / "shape.npy", np.zeros((4, 4), np.uint8))
-    np.save(tmp_path / "type.npy", np.zeros((4, 4, 3), np.int64))
-    np.save(tmp_path / "range.npy", np.full((4, 4, 3), 128.0))
-    np.save(tmp_path / "nan.npy", np.full((4, 4, 3), np.nan))
-    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
-    np.save(tmp_path / "words.npy", np.full((4, 4, 3), "word"))
-    np.savez(tmp_path / "archive", np.zeros((4, 4, 3)))
-    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        utils.read_images(tmp_path / "nowhere")
-    for name in (
-        "empty",
-        "text.png",
-        "text.npy",
-        "cut.png",
-        "shape.npy",
-        "type.npy",
-        "range.npy",
-        "nan.npy",
-        "object.npy",
-        "words.npy",
-        "archive.npy",
-    ):
-        with pytest.raises(ValueError, match=name):
-            utils.read_images(tmp_path / name)
-
-
 def test_the_samples_come_without_a_network():
     names, images = zip(*utils.read_images("samples"))
     assert names == utils.SAMPLES and all(x.shape == (128, 128, 3) and 0 <= x.min() < x.max() <= 1 for x in images)
@@ -277,14 +188,6 @@ def test_ssim_is_one_for_equal_images_and_falls_with_noise():
     x0, mild, strong = (torch.from_numpy(utils.add_noise([image], s, 0)[0]).permute(2, 0, 1)[None] for s in (0, 0.05, 0.2))
     assert abs(utils.ssim(x0, x0)[0] - 1) < 1e-9 and utils.ssim(strong, x0)[0] < utils.ssim(mild, x0)[0] < 1
     assert np.isnan(utils.ssim(x0[..., :8, :8], x0[..., :8, :8])).all()
-
-
-@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.3])
-def test_the_noise_level_of_a_smooth_image_is_estimated(sigma):
-    smooth = np.repeat(np.linspace(0.2, 0.8, 128 * 128).reshape(128, 128, 1), 3, axis=2)
-    (noisy,) = utils.add_noise([smooth], sigma, 0)
-    assert abs(utils.estimate_sigma(noisy) / sigma - 1) < 0.03
-    assert utils.estimate_sigma(np.zeros((8, 8, 3))) == 0
 
 
 # -----------------------------------------------------------------------------
