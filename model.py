@@ -240,7 +240,7 @@ def _check_shape(widths, blocks, attention):
 def _per_image(sigma, x):  # -> (B, 1, 1, 1) like x
     if isinstance(sigma, (int, float)):  # filled in on the device: to copy a number there would make a GPU wait
         sigma = torch.full((), sigma, dtype=x.dtype, device=x.device)
-    sigma = torch.as_tensor(sigma).to(x)
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     if sigma.numel() not in (1, len(x)):
         raise ValueError(f"{sigma.numel()} noise levels for {len(x)} images: give one, or one for each image")
     return sigma.reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)

@@ -258,7 +258,7 @@ def _find_files(sources, notify, failed):  # -> [(name, path)], of which both ma
 
 def _builtin(source, data_dir):
     if source == "samples":
-        arrays = [(name, _thumbnail(photograph, 128)) for name, photograph in _sample_photographs()]
+        arrays = [(name, _thumbnail(photograph, 128)) for name, photograph in sample_photographs()]
     else:
         arrays = ((f"cifar10_{i:05d}", x) for i, x in enumerate(_cifar10(data_dir, train=False)))
     for name, array in arrays:
@@ -524,7 +524,7 @@ def read_patches(source, data_dir="data", train=True, size=32):
     if source == "cifar10":
         stacks = [_cifar10(data_dir, train)]
     elif source == "samples":
-        stacks = [photograph[None] for _, photograph in _sample_photographs()]
+        stacks = [photograph[None] for _, photograph in sample_photographs()]
     else:
         stacks = []
         for picture in read_pictures(source):
@@ -548,7 +548,7 @@ def _cut(images, size):  # (N, H, W, 3) -> (N * rows * columns, size, size, 3)
     return grid.swapaxes(2, 3).reshape(-1, size, size, 3)
 
 
-def _sample_photographs():
+def sample_photographs():
     folder = Path(skimage.__file__).parent / "data"
     return [
         (name, np.asarray(Image.open(folder / f"{name}.{'jpg' if name == 'rocket' else 'png'}").convert("RGB")))

@@ -2,11 +2,15 @@
 
     python tests/benchmark.py                       # the recipe this project starts from, classical denoisers, the U-Net
     python tests/benchmark.py --table levels        # the U-Net at every noise level, beside a Gaussian's bound
+    python tests/benchmark.py --table noise         # noise levels found in pictures
+    python tests/benchmark.py --table files         # pictures that went through lossy files
+    python tests/benchmark.py --table grey          # grey photographs, beside classical denoisers
+    python tests/benchmark.py --table expected      # PSNR expected without the truth, beside the true one
     python tests/benchmark.py --table speed         # of training and sampling
     python tests/benchmark.py --help                # every constant below is an option
 
-"results" also draws PSNR along Langevin runs (figures/langevin.png), and "levels" the gain over the Wiener filter
-(figures/levels.png).
+"results" also draws PSNR along Langevin runs (figures/langevin.png), "levels" the gain over the Wiener filter
+(figures/levels.png), and "expected" each picture's two PSNRs (figures/expected.png).
 """
 
 import functools
@@ -24,19 +28,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pictures  # noqa: E402
+
 import sde  # noqa: E402
 import train_score  # noqa: E402
 import utils  # noqa: E402
 from model import ScoreModel, load_model  # noqa: E402
 
 # -----------------------------------------------------------------------------
-TABLE = "results"  # "results", "levels" or "speed"
+TABLE = "results"  # "results", "levels", "noise", "files", "grey", "expected" or "speed"
 INPUT = "cifar10"  # "cifar10" (its test images), "samples", or a path; all images of one size
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
 TRAIN = "cifar10"  # images whose mean and covariance make the Wiener filter: "cifar10", or a path
 COUNT = 1000  # images of a table
 STUDY_COUNT = 50  # images of the figure of Langevin runs
 SIGMA = 0.1  # noise level of the results, pixels in [0, 1]
+NOISE_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # those to be found in pictures
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0)  # those of the table of noise levels
 RECIPE = "checkpoints/cnn3_cifar10.pt"  # the recipe's network, trained at SIGMA
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network for all noise levels
@@ -225,6 +232,44 @@ def plot_levels(path, rows, count):
 
 
 # -----------------------------------------------------------------------------
+# Pictures
+# -----------------------------------------------------------------------------
+
+
+def first_images(device):
+    return read_noisy(INPUT, DATA_DIR, COUNT, SIGMA, SEED, device)[1]
+
+
+def noise(device):
+    model = read_model(CHECKPOINT, device, PRECISION)
+    return pictures.level_rows(model, first_images(device), NOISE_LEVELS, SEED, model.sigma_min, 2 * max(NOISE_LEVELS))
+
+
+def files(device):
+    return pictures.codec_rows(read_model(CHECKPOINT, device, PRECISION), (0.05, 0.1, 0.2), SEED)
+
+
+def grey(device):
+    return pictures.grey_rows(read_model(CHECKPOINT, device, PRECISION), (0.02, 0.05, 0.1, 0.2), SEED)
+
+
+def expected(device):
+    """Return a row for each noise level, and draw the expected PSNR over the true one."""
+    model, x0, rows = read_model(CHECKPOINT, device, PRECISION), first_images(device), []
+    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    for axes, sigma in zip(figure.subplots(1, 3), (0.05, 0.1, 0.3)):
+        found, true = (psnr.cpu() for psnr in pictures.expected_errors(model, x0, sigma, SEED))
+        rows.append(pictures.expected_row(found, true, sigma))
+        axes.plot(true, found, ".", color="#0072B2", markersize=4)
+        axes.axline((true.mean(), true.mean()), slope=1, color="black", linewidth=1)
+        axes.set_title(f"$\\sigma$ = {sigma:g}", fontsize=10)
+        axes.set(xlabel="true PSNR, dB", ylabel="expected PSNR, dB" if sigma == 0.05 else "", aspect="equal")
+        axes.grid(alpha=0.3)
+    utils.save_figure(Path("figures", "expected.png"), figure)
+    return rows
+
+
+# -----------------------------------------------------------------------------
 # Speed
 # -----------------------------------------------------------------------------
 
@@ -279,7 +324,7 @@ def speed(device):
 
 @torch.no_grad()
 def main():
-    tables = {"results": results, "levels": levels, "speed": speed}
+    tables = {f.__name__: f for f in (results, levels, noise, files, grey, expected, speed)}
     utils.check(TABLE in tables, "TABLE", TABLE, f"must be one of {', '.join(tables)}")
     print(utils.table(tables[TABLE](utils.pick_device(DEVICE))))
 
