@@ -112,7 +112,7 @@ class Job:
                 x0 = self.x0.expand_as(images)
                 row |= {"PSNR dB": utils.psnr(images, x0).mean().item(), "SSIM": utils.ssim(images, x0).mean()}
             if self.variance is not None:
-                row["expected PSNR"] = -10 * math.log10(self.variance.mean().item()) if method == "mmse" else ""
+                row["expected PSNR"] = -10 * math.log10(max(self.variance.mean().item(), 1e-10)) if method == "mmse" else ""
             rows.append(row | {"calls": calls, "seconds": seconds})
         return rows
 
@@ -135,25 +135,34 @@ def picture_level(denoiser, y, low, high, eight_bit):
     Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and
     luma, or luma over pairs of pixels, says what is there. Texture reads as up to 0.02 of luma.
     """
-    tiles = spread_tiles(y)
-    level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, 2, part, True, start)[0].item()  # noqa: E731
-    sigma = level(sde.unclipped if eight_bit else None)
+    tiles, part = spread_tiles(y), sde.unclipped if eight_bit else None
+    level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, 1, part, True, start)[0].item()  # noqa: E731
+    sigma = level(part)
     if y.shape[1] == 3 and min(tiles.shape[2:]) > 1:
         luma = max(level(sde.luma, sigma), level(functools.partial(sde.luma, block=2), sigma))
         if luma > max(1.5 * sigma, 0.02):
             return luma, "stronger in brightness than in colour, as in a lossy file: judged by brightness"
+    return sigma, remarks(denoiser, tiles, sigma, low, part)
+
+
+def remarks(denoiser, tiles, sigma, low, part):
+    """Return in words where the noise of a picture's tiles is not what the network was trained on."""
     if sigma < 1.1 * low:
-        return sigma, "as low as the network knows: nothing to remove"
-    rest = (tiles - denoiser(tiles, sigma))[(tiles > 0.02) & (tiles < 0.98)]
-    kurtosis = ((rest**4).mean() / (rest**2).mean() ** 2).item() if len(rest) > 1000 else 3.0
-    if not 2.5 < kurtosis < 4.6:
-        return sigma, f"not Gaussian (kurtosis {kurtosis:.1f}, not 3): expect less of the result"
-    if y.shape[2:].numel() > 64**2:
-        part = sde.unclipped if eight_bit else None
+        return "as low as the network knows: nothing to remove"
+    inside, found = (tiles > 0.004) & (tiles < 0.996), []
+    rest = (tiles - denoiser(tiles, sigma))[inside]
+    kurtosis = ((rest**4).mean() / (rest**2).mean() ** 2).item()
+    if len(rest) > 1000 and not 2.5 < kurtosis < 4.6:
+        found.append(f"not Gaussian (kurtosis {kurtosis:.1f} instead of 3)")
+    if part and (clipped := 1 - inside.double().mean().item()) > 0.05:
+        found.append(f"clipped in {clipped:.0%} of the values")
+    if len(tiles) == 9:  # as spread_tiles cuts them
         local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values
         if local.max() > 1.3 * local.min():
-            return sigma, f"not the same everywhere, from {local.min():.3f} to {local.max():.3f} on {len(tiles)} places"
-    return sigma, ""
+            place = [f"{row} {column}" for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")]
+            least, most = (f"{local[k]:.3f} in the {place[k]}" for k in (local.argmin(), local.argmax()))
+            found.append(f"not the same everywhere, from {least} to {most}")
+    return ", ".join(found) + ": expect less of the result" * bool(found)
 
 
 def of_any_kind(denoiser):
@@ -207,11 +216,20 @@ def batches(jobs):
     yield batch
 
 
+def draws_of(job):
+    return (DRAWS or (2 if job.picture.builtin else 1)) if methods()[METHOD][3] else 1
+
+
+def calls(job):
+    """Return about how often a picture goes through the network, for the progress bar."""
+    _, _, calls_a_level, _ = methods()[METHOD]
+    return len(job.levels) * calls_a_level * draws_of(job) + (METHOD != "mmse") + (job.x0 is None and PROBES > 0)
+
+
 def denoise(model, jobs, device, filmed, bar=None):
     """Give each job its one-step estimate and its draws; keep the frames of the first draw of the first `filmed` jobs."""
     y, levels = torch.stack([job.y for job in jobs]).to(device), jobs[0].levels
-    sampler, _, _, draws = methods()[METHOD]
-    draws = (DRAWS or (2 if jobs[0].picture.builtin else 1)) if draws else 1
+    sampler, draws = methods()[METHOD][0], draws_of(jobs[0])
     passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse")
     passes += [(METHOD, sampler, levels, draw) for draw in range(draws)]
     for method, sampler, levels, draw in passes:
@@ -235,7 +253,7 @@ def doubt(model, job, device, bar=None):
     noise = sde.seeded_noise([job.seed(0)], device)
     variance = lambda part: sde.expected_error(denoiser, part, sigma, PROBES, noise)[1]  # noqa: E731
     job.variance = utils.over_tiles(variance, y, BATCH_PIXELS // 4, bar)[0].cpu() if PROBES else None
-    if COMPONENTS:
+    if COMPONENTS and y[0, 0].numel() <= 128**2:
         variances, directions = sde.principal_components(denoiser, y, sigma, COMPONENTS, noise=noise)
         job.components = variances[0].clamp(min=0).sqrt().cpu(), directions[0].cpu()
 
@@ -261,13 +279,10 @@ def write(job):
         if Path(OUTPUT).exists() and not utils.is_result(OUTPUT, owner):
             raise ValueError(f"--output '{OUTPUT}' exists and is not what this command wrote: name another file")
         return [utils.write_picture(OUTPUT, picture, as_array(job.results[METHOD][0][0]), owner)]
-    endings = [f"_{kind}{picture.suffix}" for kind in images] + [
-        f"_{kind}{suffix}" for kind in maps for suffix in (".npy", ".png")
-    ]
-    name = utils.free_name(OUTPUT, picture.name, endings, owner)
-    paths = [
-        utils.write_picture(Path(OUTPUT, f"{name}_{k}{picture.suffix}"), picture, as_array(v), owner) for k, v in images.items()
-    ]
+    endings = {f"_{kind}{picture.suffix}": image for kind, image in images.items()}
+    others = [f"_{kind}{suffix}" for kind in maps for suffix in (".npy", ".png")]
+    name = utils.free_name(OUTPUT, picture.name, [*endings, *others], owner)
+    paths = [utils.write_picture(Path(OUTPUT, name + end), picture, as_array(image), owner) for end, image in endings.items()]
     for kind, values in maps.items():
         utils.save_map(Path(OUTPUT, f"{name}_{kind}"), values, f"{kind} of {name}: standard deviation of a pixel", owner)
     if len(job.components):
@@ -290,7 +305,7 @@ def write_frames(job, name):
             if SAVE_FRAMES:
                 utils.save_image(Path(OUTPUT, "frames", f"{name}_{METHOD}", f"{call:03}_{kind}_{sigma:.4f}.png"), image)
             if job.x0 is not None:
-                x0 = utils.crop(job.x0, max(image.shape))
+                x0 = utils.crop(job.x0, 256)
                 rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
     utils.save_csv(Path(OUTPUT, f"{name}_{METHOD}.csv"), rows)
 
@@ -346,6 +361,7 @@ def main():
         for batch in batches(read_jobs(model, device, bar.write, failed)):
             show_them = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin)
             filmed = max(0, min(SHOWN - len(shown), len(batch))) * show_them
+            bar.total = (bar.total or 0) + sum(job.y[0].numel() for job in batch) * calls(batch[0])
             denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
                 if k < filmed or job.x0 is None:

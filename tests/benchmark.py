@@ -127,12 +127,11 @@ def results(device):
     rows.append(("**U-Net, one step**", 1, lambda y, noise: model(y, SIGMA)))
     table = []
     for label, calls, denoiser in tqdm(rows, leave=False):
-        start, parts = time.perf_counter(), []
+        parts = []
         for k in range(0, len(y), BATCH):
-            seeds = [SEED + i for i in range(k, min(k + BATCH, len(y)))]
-            parts.append(denoiser(y[k : k + BATCH], sde.seeded_noise(seeds, device)).cpu())  # waits for a GPU
-        milliseconds = 1000 * (time.perf_counter() - start) / len(y)
-        table.append({"denoiser": label, **quality(torch.cat(parts), x0), "network calls": calls, "ms an image": milliseconds})
+            noise = sde.seeded_noise([SEED + i for i in range(k, min(k + BATCH, len(y)))], device)
+            parts.append(denoiser(y[k : k + BATCH], noise).cpu())
+        table.append({"denoiser": label, **quality(torch.cat(parts), x0), "network calls": calls})
     plot_langevin(Path("figures", "langevin.png"), recipe, model, y[:STUDY_COUNT], x0[:STUDY_COUNT])
     return table
 
@@ -241,8 +240,10 @@ def first_images(device):
 
 
 def noise(device):
-    model = read_model(CHECKPOINT, device, PRECISION)
-    return pictures.level_rows(model, first_images(device), NOISE_LEVELS, SEED, model.sigma_min, 2 * max(NOISE_LEVELS))
+    """Return rows of estimates over true levels: of single CIFAR-10 images, and of photographs."""
+    model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)[:200]
+    single = pictures.level_rows(model, x0, NOISE_LEVELS, SEED, model.sigma_min, 2 * max(NOISE_LEVELS))
+    return single + pictures.photograph_rows(model, NOISE_LEVELS, SEED)
 
 
 def files(device):
@@ -266,7 +267,29 @@ def expected(device):
         axes.set(xlabel="true PSNR, dB", ylabel="expected PSNR, dB" if sigma == 0.05 else "", aspect="equal")
         axes.grid(alpha=0.3)
     utils.save_figure(Path("figures", "expected.png"), figure)
+    plot_uncertainty(Path("figures", "uncertainty.png"), model, x0[:4])
     return rows
+
+
+def plot_uncertainty(path, model, x0, draws=64, probes=256):
+    """Draw for each image where it is uncertain: by the Jacobian, by the spread of draws, and the true error."""
+    noise = sde.seeded_noise(range(len(x0) * draws), x0.device)
+    y = pictures.noisy(x0, SIGMA, SEED)
+    denoised, variance = sde.expected_error(model, y, SIGMA, probes, sde.seeded_noise(range(len(x0)), x0.device))
+    levels = sde.noise_levels(SIGMA, model.sigma_min, STEPS)
+    spread = sde.adams(model, y.repeat(draws, 1, 1, 1), levels, noise=noise).unflatten(0, (draws, len(x0))).std(0)
+    figure = Figure(figsize=(7.5, 1.5 * len(x0) + 0.2), layout="constrained")
+    names = ("noisy", "one step", "deviation, Jacobian", f"of {draws} draws", "error of one step")
+    maps = [(v**2).mean(1).sqrt().cpu() for v in (variance.clamp(min=0).sqrt(), spread, denoised - x0)]
+    for k, axes in enumerate(figure.subplots(len(x0), 5, squeeze=False)):
+        for panel, name, image in zip(axes, names, (y[k], denoised[k], *(m[k] for m in maps))):
+            options = {} if image.ndim == 3 else {"cmap": "magma", "vmin": 0, "vmax": maps[0][k].max().item()}
+            panel.imshow(utils.to_array(image) if image.ndim == 3 else image, interpolation="nearest", **options)
+            panel.set_title(name if k == 0 else "", fontsize=9)
+            panel.set_axis_off()
+    agreement = torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flatten()]))[0, 1]
+    print(f"the two maps of deviation: correlation {agreement:.3f}, mean {maps[0].mean():.4f} and {maps[1].mean():.4f}")
+    utils.save_figure(path, figure)
 
 
 # -----------------------------------------------------------------------------

@@ -136,6 +136,14 @@ def certify(denoiser, y, x0, sigma, sigma_min):
     return rows
 
 
+def certify_jacobian(model, y, x0, sigma, probes=64):
+    """Return how often the truth lies within the intervals of a Gaussian with the variances of `expected_error`."""
+    denoised, variance = sde.expected_error(model, y, sigma, probes, sde.seeded_noise(range(SEED, SEED + len(y)), y.device))
+    distance = (x0 - denoised).abs() / variance.clamp(min=1e-12).sqrt()
+    inside = {f"in {share:.0%}": (distance < width).double().mean().item() for share, width in ((0.5, 0.6745), (0.9, 1.6449))}
+    return {"sampler, network calls": f"`expected_error`, {probes} probes"} | inside
+
+
 def study_forgetting(path, model, y, x0, sigma):
     """Draw the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
     error, levels = ((model(y, sigma) - x0) ** 2).mean(), sde.noise_levels(sigma, model.sigma_min, 20)
@@ -223,7 +231,8 @@ def main():
         field, denoiser = gaussian_field(y.shape, SEED, device)
         noise = torch.randn(field.shape, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
         print(f"\n{len(y)} images at sigma {sigma:g}, {DRAWS} draws each ({FEW_DRAWS} with more than {FEW_CALLS} calls)")
-        print(utils.table(certify(model, y, x0, sigma, model.sigma_min)), flush=True)
+        rows = certify(model, y, x0, sigma, model.sigma_min)
+        print(utils.table([*rows, certify_jacobian(model, y, x0, sigma)]), flush=True)
         print(f"\na Gaussian random field at sigma {sigma:g}")
         print(utils.table(certify(denoiser, field + sigma * noise, field, sigma, model.sigma_min)), flush=True)
     sigma = SIGMAS[len(SIGMAS) // 2]

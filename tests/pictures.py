@@ -63,6 +63,20 @@ def level_rows(model, x0, sigmas, seed, low, high, batch=50):
     return rows
 
 
+def photograph_rows(model, sigmas, seed):
+    """Return a row for each level and kind of input: how near the estimates of whole photographs come, from a few tiles."""
+    rows = []
+    for sigma in sigmas:
+        for kind in ("float", "8 bit"):
+            ratios = []
+            for x0 in photographs(10_000).values():
+                y = noisy(x0, sigma, seed) if kind == "float" else eight_bits(noisy(x0, sigma, seed))
+                ratios.append(denoise.picture_level(model, y, model.sigma_min, 1.0, kind == "8 bit")[0] / sigma)
+            row = {"sigma": f"{sigma:g}", "input": f"photographs, {kind}", "median of found / true": float(np.median(ratios))}
+            rows.append(row | {"least": min(ratios), "most": max(ratios)})
+    return rows
+
+
 def codec_rows(model, sigmas, seed, size=192):
     """Return a row for each level and file format: PSNR with the level found, beside the best that any level gives."""
     rows = []

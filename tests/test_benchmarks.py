@@ -103,7 +103,7 @@ def networks(tmp_path_factory):
         ),
         ("benchmark.py", "--table levels --levels 0.1 0.5 --train patches.npy", "0.1|0.5|float32, gain", ["levels"]),
         ("benchmark.py", "--table noise --noise-levels 0.1", "8 bit|within 4%", []),
-        ("benchmark.py", "--table expected", "0.05|correlation", ["expected"]),
+        ("benchmark.py", "--table expected", "0.05|correlation|two maps", ["expected", "uncertainty"]),
         ("benchmark.py", "--table speed --seconds 0.01 --batch 2 --steps 2", "training|network alone|within `adams`", []),
         (
             "certify.py",

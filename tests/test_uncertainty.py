@@ -104,6 +104,16 @@ def test_the_expected_error_is_the_error():
     assert abs(difference) < 4 * math.sqrt(2 * (cov**2).sum().item() / n)
 
 
+def test_the_spread_of_draws_is_the_expected_error():
+    # Two maps of uncertainty from one denoiser: of Adams' draws, to 4 standard errors of a variance, and of the Jacobian.
+    _, denoiser = prior((1, 4, 4))
+    y, n, rng = normal(1, 1, 4, 4), 4000, torch.Generator().manual_seed(2)
+    noise = lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype)  # noqa: E731
+    draws = sde.adams(denoiser, y.expand(n, -1, -1, -1), sde.noise_levels(SIGMA, 1e-3, 60), noise=noise)
+    _, variance = sde.expected_error(denoiser, y, SIGMA, probes=16, noise=hadamard((1, 4, 4)))
+    assert ((draws.var(0) / variance[0] - 1).abs() < 4 * math.sqrt(2 / n) + 0.01).all()
+
+
 def test_principal_components_are_the_leading_eigenvectors():
     # Eigenvalues of the posterior fall by 0.93 to 0.85 each, so 4 of them are known to 0.8^200 after 200 iterations.
     K, denoiser = prior((3, 4, 4))
