@@ -766,28 +766,28 @@ def means(rows, key, **labels):
 
 
 def plot_training(path, losses, psnrs, images_per_step):
-    """Draw the loss, and the validation PSNR, against the images seen.
+    """Draw the loss, and the validation PSNR of each noise level, against the images seen.
 
     losses: [[step, loss], ...]. psnrs: [[step, {noise level: PSNR}], ...].
     """
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2)
-    if losses:
-        steps, values = np.array(losses).T
-        axes[0].plot(steps * images_per_step / 1e6, values, color="black", linewidth=0.8)
-        axes[0].set(ylim=(min(values) * 0.98, np.median(values) * 1.5))
-    for sigma in psnrs[-1][1] if psnrs else []:
-        curve = np.array([[step, psnr[sigma]] for step, psnr in psnrs])
-        axes[1].plot(curve[:, 0] * images_per_step / 1e6, curve[:, 1], marker=".")
-        axes[1].annotate(
-            f" $\\sigma$ {sigma:g}: {curve[-1, 1]:.2f}", (curve[-1, 0] * images_per_step / 1e6, curve[-1, 1]), fontsize=8
+    levels = list(psnrs[-1][1]) if psnrs else []
+    rows = math.ceil((1 + len(levels)) / 3)
+    figure = Figure(figsize=(10, 2.4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, 3, squeeze=False).flat)
+    steps, values = np.array(losses).T if losses else ([], [])
+    curves = [(steps, values, "training loss over the typical error")]
+    curves += [(*np.array([[n, psnr[s]] for n, psnr in psnrs]).T, f"validation at $\\sigma$ = {s:g}, dB") for s in levels]
+    for panel, (steps, values, title) in zip(panels, curves):
+        panel.plot(
+            np.array(steps) * images_per_step / 1e6, values, "-" if len(values) > 50 else ".-", color="#0072B2", linewidth=1
         )
-    axes[0].set(title="training loss", ylabel="error / typical error of its noise level")
-    axes[1].set(title="validation", ylabel="PSNR of one step, dB")
-    axes[1].margins(x=0.2)
-    for panel in axes:
-        panel.set(xlabel="images seen, millions")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("images seen, millions", fontsize=8)
         panel.grid(alpha=0.3)
+    if len(losses) > 10:
+        panels[0].set_ylim(min(curves[0][1]) * 0.98, np.median(curves[0][1]) * 1.3)
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
     save_figure(path, figure)
 
 
