@@ -251,7 +251,8 @@ def doubt(model, job, device, bar=None):
     """Give a job the variance of each value given the noisy picture, and its main directions of doubt."""
     y, sigma, denoiser = job.y[None].to(device), job.levels[0].item(), of_any_kind(model)
     noise = sde.seeded_noise([job.seed(0)], device)
-    variance = lambda part: sde.expected_error(denoiser, part, sigma, PROBES, noise)[1]  # noqa: E731
+    probes = max(1, min(PROBES, 2**21 // y[0, 0].numel()))  # of a large picture one says enough
+    variance = lambda part: sde.expected_error(denoiser, part, sigma, probes, noise)[1]  # noqa: E731
     job.variance = utils.over_tiles(variance, y, BATCH_PIXELS // 4, bar)[0].cpu() if PROBES else None
     if COMPONENTS and y[0, 0].numel() <= 128**2:
         variances, directions = sde.principal_components(denoiser, y, sigma, COMPONENTS, noise=noise)
@@ -339,7 +340,7 @@ def check_constants(model):
     utils.check(DRAWS is None or DRAWS >= 1, "DRAWS", DRAWS, "must be at least 1")
     utils.check(PROBES >= 0 and COMPONENTS >= 0, "PROBES", (PROBES, COMPONENTS), "and --components must not be negative")
     utils.check(SIGMA is None or 0 < SIGMA <= 2, "SIGMA", SIGMA, "is a standard deviation for pixels in [0, 1], as 25/255")
-    utils.check(0 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must lie between 0 and 1")
+    utils.check(TEXTURE == 0 or 1e-6 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must be 0, or lie between 1e-6 and 1")
     utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be ve, vp or subvp")
     utils.check(FIGURES in ("auto", "yes", "no"), "FIGURES", FIGURES, "must be auto, yes or no")
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -99,7 +99,6 @@ def classical(sigma):
     """Return {name: denoiser of one noisy (H, W, 3) array} from scikit-image, with the weights and patches that are best here."""
     nl_means = {"patch_size": 5, "patch_distance": 5, "h": 0.9 * sigma, "sigma": sigma, "fast_mode": False}
     return {
-        "wavelets (BayesShrink)": functools.partial(denoise_wavelet, sigma=sigma, convert2ycbcr=True, channel_axis=-1),
         "total variation": functools.partial(denoise_tv_chambolle, weight=0.7 * sigma, max_num_iter=200, channel_axis=-1),
         "non-local means": functools.partial(denoise_nl_means, **nl_means, channel_axis=-1),
     }

@@ -30,6 +30,8 @@ DRAWS = 19  # draws an image, of samplers with at most FEW_CALLS; 19 make interv
 FEW_CALLS = 20  # network calls of a sampler that can be had often
 FEW_DRAWS = 5  # draws an image of the others
 SIGMAS = (0.05, 0.1, 0.3)  # noise levels, pixels in [0, 1]; the figures are made at the middle one
+OBSERVED = 16  # images of which half the pixels, a blurred and a smaller picture are observed, with noise of SIGMA_Y; 0: none
+SIGMA_Y = 0.02  # noise level of these observations
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network
 SEED = 0  # of the noise (numpy's default_rng) and, plus a number each, of the draws
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
@@ -144,6 +146,45 @@ def certify_jacobian(model, y, x0, sigma, probes=64):
     return {"sampler, network calls": f"`expected_error`, {probes} probes"} | inside
 
 
+def blur(x):
+    """Blur images by a Gaussian of 1 pixel, mirrored at the edges."""
+    kernel = torch.exp(-(torch.arange(-4.0, 5) ** 2) / 2).to(x)
+    kernel = (kernel / kernel.sum())[:, None] * (kernel / kernel.sum())
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4), mode="reflect")
+    return torch.nn.functional.conv2d(padded, kernel.expand(x.shape[1], 1, 9, 9), groups=x.shape[1])
+
+
+def certify_observations(model, x0, sigma_y, draws=9):
+    """Return a row for each observation, from pure noise: what exchangeable truth and draws must have is 1 and 2 n / (n + 1)."""
+    seen = (torch.rand(x0.shape[2:], generator=torch.Generator().manual_seed(SEED)) < 0.5).to(x0)
+    operators = {"half of the pixels": lambda x: seen * x, "blur of 1 pixel": blur, "half size": half}
+    levels = sde.noise_levels(model.sigma_max, model.sigma_min, 30, float("inf"))
+    rows = []
+    for name, A in tqdm(operators.items(), leave=False):
+        clean = A(x0)
+        y = clean + sigma_y * torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED + 1)).to(x0)
+        y = seen * y if name == "half of the pixels" else y
+
+        def sampler(start, noise, A=A, y=y):
+            knows = sde.observed(model, y.repeat(len(start) // len(y), 1, 1, 1), A, sigma_y)
+            return sde.adams(knows, 0.5 + model.sigma_max * noise(start), levels, noise=noise)
+
+        found, truth = draw(sampler, x0, draws, BATCH, SEED), x0.cpu()
+        error = lambda images: ((images - truth) ** 2).mean(dim=(-3, -2, -1))  # noqa: B023, E731
+        of_mean, variance = error(found.mean(0)), (1 + 1 / draws) * found.var(0).mean(dim=(-3, -2, -1))
+        spread, its_error = ratio(variance, of_mean)
+        of_draw, uncertainty = ratio(error(found).mean(0), of_mean)
+        row = {"observation": name, "(spread / error)²": spread, "±": its_error, "draw / mean": of_draw, " ±": uncertainty}
+        row |= {"due": 2 * draws / (draws + 1), "in 80%": coverage(found, truth, 0.8)}
+        row["PSNR dB, draw"] = torch.stack([utils.psnr(one, truth).mean() for one in found]).mean().item()
+        rows.append(row | {f"mean of {draws}": utils.psnr(found.mean(0), truth).mean().item()})
+    return rows
+
+
+def half(x):
+    return torch.nn.functional.avg_pool2d(x, 2)
+
+
 def study_forgetting(path, model, y, x0, sigma):
     """Draw the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
     error, levels = ((model(y, sigma) - x0) ** 2).mean(), sde.noise_levels(sigma, model.sigma_min, 20)
@@ -235,6 +276,10 @@ def main():
         print(utils.table([*rows, certify_jacobian(model, y, x0, sigma)]), flush=True)
         print(f"\na Gaussian random field at sigma {sigma:g}")
         print(utils.table(certify(denoiser, field + sigma * noise, field, sigma, model.sigma_min)), flush=True)
+    if OBSERVED:
+        _, x0 = read_noisy(INPUT, DATA_DIR, OBSERVED, SIGMA_Y, SEED, device)
+        print(f"\n{OBSERVED} images observed with noise of {SIGMA_Y:g}, from pure noise in 30 levels")
+        print(utils.table(certify_observations(model, x0, SIGMA_Y)), flush=True)
     sigma = SIGMAS[len(SIGMAS) // 2]
     y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, sigma, SEED, device)
     study_forgetting(Path("figures", "forgetting.png"), model, y, x0, sigma)

@@ -107,8 +107,8 @@ def networks(tmp_path_factory):
         ("benchmark.py", "--table speed --seconds 0.01 --batch 2 --steps 2", "training|network alone|within `adams`", []),
         (
             "certify.py",
-            "--sigmas 0.1 --draws 3 --few-draws 2",
-            "exact|`adams`, 20|annealed_langevin|Gaussian random field",
+            "--sigmas 0.1 --draws 3 --few-draws 2 --observed 2",
+            "exact|`adams`, 20|annealed_langevin|Gaussian random field|half size",
             ["forgetting", "dial"],
         ),
     ],
