@@ -97,7 +97,7 @@ class Job:
 
     def seed(self, draw):
         """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
-        return zlib.crc32(self.y.permute(1, 2, 0).contiguous().numpy().tobytes(), (DRAW_SEED + draw) % 2**32)
+        return zlib.crc32(f"{DRAW_SEED} {draw}".encode(), zlib.crc32(self.y.contiguous().numpy()))
 
     def rows(self):
         """Return rows of the table, one a method, as a mean over its draws, and one of the mean of the draws."""
@@ -136,9 +136,10 @@ def picture_level(denoiser, y, low, high, eight_bit):
     luma, or luma over pairs of pixels, says what is there. Texture reads as up to 0.02 of luma.
     """
     tiles, part = spread_tiles(y), sde.unclipped if eight_bit else None
-    level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, 1, part, True, start)[0].item()  # noqa: E731
+    probes = 4 if len(tiles) == 1 else 1
+    level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True, start)[0].item()  # noqa: E731
     sigma = level(part)
-    if y.shape[1] == 3 and min(tiles.shape[2:]) > 1:
+    if y.shape[1] == 3 and min(tiles.shape[2:]) >= 32:
         luma = max(level(sde.luma, sigma), level(functools.partial(sde.luma, block=2), sigma))
         if luma > max(1.5 * sigma, 0.02):
             return luma, "stronger in brightness than in colour, as in a lossy file: judged by brightness"
@@ -147,14 +148,16 @@ def picture_level(denoiser, y, low, high, eight_bit):
 
 def remarks(denoiser, tiles, sigma, low, part):
     """Return in words where the noise of a picture's tiles is not what the network was trained on."""
+    inside, found = (tiles > 0.004) & (tiles < 0.996), []
+    if part and (clipped := 1 - inside.double().mean().item()) > 0.3:
+        return f"clipped in {clipped:.0%} of the values: the level is a guess, give --sigma"
     if sigma < 1.1 * low:
         return "as low as the network knows: nothing to remove"
-    inside, found = (tiles > 0.004) & (tiles < 0.996), []
     rest = (tiles - denoiser(tiles, sigma))[inside]
     kurtosis = ((rest**4).mean() / (rest**2).mean() ** 2).item()
     if len(rest) > 1000 and not 2.5 < kurtosis < 4.6:
         found.append(f"not Gaussian (kurtosis {kurtosis:.1f} instead of 3)")
-    if part and (clipped := 1 - inside.double().mean().item()) > 0.05:
+    if part and clipped > 0.05:
         found.append(f"clipped in {clipped:.0%} of the values")
     if len(tiles) == 9:  # as spread_tiles cuts them
         local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values
@@ -162,6 +165,8 @@ def remarks(denoiser, tiles, sigma, low, part):
             place = [f"{row} {column}" for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")]
             least, most = (f"{local[k]:.3f} in the {place[k]}" for k in (local.argmin(), local.argmax()))
             found.append(f"not the same everywhere, from {least} to {most}")
+    if tiles[:, 0].numel() < 16**2:
+        found.append("judged by few pixels")
     return ", ".join(found) + ": expect less of the result" * bool(found)
 
 
@@ -195,7 +200,8 @@ def read_jobs(model, device, notify, failed):
         if not low <= sigma <= high:
             trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
             raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
-        levels = sde.noise_levels(sigma, sigma * (low / sigma) ** TEXTURE, STEPS or methods()[METHOD][1], RHO)
+        steps = 1 if METHOD in ("mmse", "langevin") else STEPS or methods()[METHOD][1]
+        levels = sde.noise_levels(sigma, sigma * (low / sigma) ** TEXTURE, steps, RHO)
         yield Job(picture, y, x0, levels)
 
 
@@ -248,14 +254,15 @@ def denoise(model, jobs, device, filmed, bar=None):
 
 
 def doubt(model, job, device, bar=None):
-    """Give a job the variance of each value given the noisy picture, and its main directions of doubt."""
+    """Give a job the variance of each value given the noisy picture, and the main directions of doubt of its middle."""
     y, sigma, denoiser = job.y[None].to(device), job.levels[0].item(), of_any_kind(model)
     noise = sde.seeded_noise([job.seed(0)], device)
-    probes = max(1, min(PROBES, 2**21 // y[0, 0].numel()))  # of a large picture one says enough
-    variance = lambda part: sde.expected_error(denoiser, part, sigma, probes, noise)[1]  # noqa: E731
-    job.variance = utils.over_tiles(variance, y, BATCH_PIXELS // 4, bar)[0].cpu() if PROBES else None
-    if COMPONENTS and y[0, 0].numel() <= 128**2:
-        variances, directions = sde.principal_components(denoiser, y, sigma, COMPONENTS, noise=noise)
+    if PROBES:
+        probes = max(1, min(PROBES, 2**21 // y[0, 0].numel()))  # of a large picture one says enough
+        variance = lambda part: sde.expected_error(denoiser, part, sigma, probes, noise)[1]  # noqa: E731
+        job.variance = utils.over_tiles(variance, y, BATCH_PIXELS // 4, bar)[0].cpu()
+    if COMPONENTS:
+        variances, directions = sde.principal_components(denoiser, utils.crop(y, 128), sigma, COMPONENTS, noise=noise)
         job.components = variances[0].clamp(min=0).sqrt().cpu(), directions[0].cpu()
 
 
@@ -264,32 +271,42 @@ def doubt(model, job, device, bar=None):
 # -----------------------------------------------------------------------------
 
 
+def owner_of(source):
+    """Return who writes a file: the source and the options, but for what they are applied to."""
+    return f"{source} { ({k: v for k, v in utils.options(globals()).items() if k not in ('input', 'output', 'count')}) }"
+
+
+def is_file(output):
+    return Path(output).suffix.lower() in utils.SUFFIXES
+
+
 def write(job):
-    """Write the results of a job, and maps of what is uncertain in them, in place of no file but our own; return the paths."""
-    picture = job.picture
-    owner = f"{picture.source} { ({k: v for k, v in utils.options(globals()).items() if k not in ('input', 'output', 'count')}) }"
-    images = {}
+    """Write what is asked for of a job, in place of no file but our own; return the paths of the denoised pictures."""
+    picture, owner = job.picture, owner_of(job.picture.source)
+    if is_file(OUTPUT):
+        return [utils.write_picture(OUTPUT, picture, as_array(job.results[METHOD][0][0]), owner)]
+    images, maps = {}, {"uncertainty": job.variance} if job.variance is not None else {}
     for method, (draws, *_) in job.results.items():
         images |= {f"{method}_{k + 1}" if len(draws) > 1 else method: image for k, image in enumerate(draws)}
-    maps = {}
-    if job.variance is not None:
-        maps["uncertainty"] = job.variance.clamp(min=0).sqrt()
-    if DRAWS and len(job.results[METHOD][0]) > 1:
-        images["mean"], maps["spread"] = job.results[METHOD][0].mean(0), job.results[METHOD][0].std(0)
-    if Path(OUTPUT).suffix.lower() in utils.SUFFIXES:  # a file, for one picture
-        if Path(OUTPUT).exists() and not utils.is_result(OUTPUT, owner):
-            raise ValueError(f"--output '{OUTPUT}' exists and is not what this command wrote: name another file")
-        return [utils.write_picture(OUTPUT, picture, as_array(job.results[METHOD][0][0]), owner)]
-    endings = {f"_{kind}{picture.suffix}": image for kind, image in images.items()}
+    draws = job.results[METHOD][0]
+    if DRAWS and len(draws) > 1:
+        images["mean"], maps["spread"] = draws.mean(0), draws.var(0)
+    images = {f"_{kind}{picture.suffix}": image for kind, image in images.items()}
     others = [f"_{kind}{suffix}" for kind in maps for suffix in (".npy", ".png")]
-    name = utils.free_name(OUTPUT, picture.name, [*endings, *others], owner)
-    paths = [utils.write_picture(Path(OUTPUT, name + end), picture, as_array(image), owner) for end, image in endings.items()]
-    for kind, values in maps.items():
-        utils.save_map(Path(OUTPUT, f"{name}_{kind}"), values, f"{kind} of {name}: standard deviation of a pixel", owner)
+    others += ["_components.png"] * (COMPONENTS > 0) + [f"_{METHOD}.csv"] * bool(job.frames)
+    name = utils.free_name(OUTPUT, picture.name, [*images, *others], owner)
+    paths = [
+        utils.write_picture(Path(OUTPUT, name + ending), picture, as_array(image), owner) for ending, image in images.items()
+    ]
+    for kind, variance in maps.items():
+        utils.save_map(Path(OUTPUT, f"{name}_{kind}"), variance, f"{kind} of {name}: standard deviation of a pixel")
     if len(job.components):
-        utils.save_components(Path(OUTPUT, f"{name}_components.png"), job.results["mmse"][0][0], *job.components)
+        middle = utils.crop(job.results["mmse"][0][0], 128)
+        utils.save_components(Path(OUTPUT, f"{name}_components.png"), middle, *job.components)
     if job.frames:
-        write_frames(job, name)
+        write_frames(job, name, owner)
+    for ending in others:
+        utils.remember(Path(OUTPUT, name + ending), owner)
     return paths
 
 
@@ -297,14 +314,16 @@ def as_array(x):
     return x.permute(1, 2, 0).numpy()
 
 
-def write_frames(job, name):
+def write_frames(job, name, owner):
     """Write every state and estimate on the way as a picture, under names that sort, and their PSNR as a table."""
     rows = []
     for call, (sigma, state, estimate) in enumerate(job.frames):
         rows.append({"call": call, "sigma": f"{sigma:.6g}"})
         for kind, image in (("state", state), ("estimate", estimate)):
             if SAVE_FRAMES:
-                utils.save_image(Path(OUTPUT, "frames", f"{name}_{METHOD}", f"{call:03}_{kind}_{sigma:.4f}.png"), image)
+                path = Path(OUTPUT, "frames", f"{name}_{METHOD}", f"{call:03}_{kind}_{sigma:.4f}.png")
+                utils.save_image(path, image)
+                utils.remember(path, owner)
             if job.x0 is not None:
                 x0 = utils.crop(job.x0, 256)
                 rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
@@ -336,8 +355,15 @@ def check_constants(model):
     utils.check(RHO >= 1, "RHO", RHO, "must be at least 1")
     for name in ("SEED", "DRAW_SEED"):
         utils.check(0 <= globals()[name] < 2**63, name, globals()[name], "must be a number from 0 to 2^63")
-    utils.check(STEPS is None or STEPS >= 1, "STEPS", STEPS, "must be at least 1")
-    utils.check(DRAWS is None or DRAWS >= 1, "DRAWS", DRAWS, "must be at least 1")
+    for name in ("STEPS", "DRAWS"):
+        value = globals()[name]
+        utils.check(value is None or (isinstance(value, int) and value >= 1), name, value, "must be a whole number from 1 on")
+    utils.check(WHITE is None or 0 < WHITE < math.inf, "WHITE", WHITE, "must be positive")
+    if is_file(OUTPUT):
+        many = FIGURES == "yes" or (DRAWS or 1) > 1 or COMPONENTS
+        utils.check(not many, "OUTPUT", OUTPUT, "must be a folder for figures, draws and components")
+        mine = not Path(OUTPUT).exists() or utils.is_result(OUTPUT)
+        utils.check(mine, "OUTPUT", OUTPUT, "must be a file that is not there or that this script wrote")
     utils.check(PROBES >= 0 and COMPONENTS >= 0, "PROBES", (PROBES, COMPONENTS), "and --components must not be negative")
     utils.check(SIGMA is None or 0 < SIGMA <= 2, "SIGMA", SIGMA, "is a standard deviation for pixels in [0, 1], as 25/255")
     utils.check(TEXTURE == 0 or 1e-6 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must be 0, or lie between 1e-6 and 1")
@@ -345,7 +371,7 @@ def check_constants(model):
     utils.check(FIGURES in ("auto", "yes", "no"), "FIGURES", FIGURES, "must be auto, yes or no")
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
     if METHOD in ("mmse", "langevin"):
-        utils.check(TEXTURE == 1 and RHO == 7, "METHOD", METHOD, "must go through levels for --texture and --rho")
+        utils.check(TEXTURE == 1, "METHOD", METHOD, "must be one that goes through noise levels, for --texture")
     elif model.sigma_min == model.sigma_max:
         level = f"'{CHECKPOINT}' knows only {model.sigma_min:g}"
         raise ValueError(f"--method {METHOD} needs many noise levels, and {level}: use mmse or langevin")
@@ -359,26 +385,32 @@ def main():
     check_constants(model)
     rows, shown, failed, count = [], [], [], 0
     with tqdm(desc=METHOD, unit="px", unit_scale=True, leave=False, delay=2) as bar:
-        for batch in batches(read_jobs(model, device, bar.write, failed)):
-            show_them = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin)
-            filmed = max(0, min(SHOWN - len(shown), len(batch))) * show_them
+        jobs = read_jobs(model, device, bar.write, failed)
+        if is_file(OUTPUT):
+            jobs = list(itertools.islice(jobs, 2))
+            utils.check(len(jobs) == 1, "OUTPUT", OUTPUT, "must be a folder for more than one picture")
+        for batch in batches(jobs):
+            asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
+            filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
             bar.total = (bar.total or 0) + sum(job.y[0].numel() for job in batch) * calls(batch[0])
             denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
-                if k < filmed or job.x0 is None:
+                if count < 16 or job.x0 is None:
                     doubt(model, job, device, bar)
                 paths = write(job)
                 if not job.picture.builtin:
                     bar.write(f"wrote {' '.join(map(str, paths))}")
                 rows, count = rows + job.rows(), count + 1
                 shown += [job] * (k < filmed)
-    means = utils.means(rows, "method", picture=f"mean of {count}") if count > 1 else []
-    print(utils.table((rows if count <= 16 else []) + means))
+    print(utils.table((rows if count <= 16 else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
     if shown:
-        path = Path(OUTPUT, f"{Path(INPUT[0]).stem}_{METHOD}.jpg")
+        owner = owner_of(INPUT)
+        path = Path(OUTPUT, utils.free_name(OUTPUT, f"{Path(INPUT[0]).stem}_{METHOD}", [".jpg", ".gif"], owner) + ".jpg")
         show(shown, path)
+        for suffix in (".jpg", ".gif"):
+            utils.remember(path.with_suffix(suffix), owner)
         print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
-    else:
+    elif METHOD != "mmse":
         print("mmse has the least error, for measurements; a draw (sde) looks natural, but its finest texture is invented")
     if failed:
         sys.exit(1)

@@ -237,6 +237,8 @@ def adams(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
     with the same z, which is what carries the noise to second order. One network call a level. As with `ancestral`, what
     lies between eta 0 and 1 is no draw from p(x0 | y).
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
     k, x, D, slope = 1 + eta**2, y, denoiser(y, levels[0]), 0.0
     for t, s in falling(levels):
         h = log(t / s)
@@ -368,8 +370,8 @@ def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.r
     the subspace. An iteration takes K products and shrinks the error of a direction by the ratio of variance K + 1 to its own.
     Raises ValueError unless 1 <= count <= the values of an image.
     """
-    if not 1 <= count <= y[0].numel():
-        raise ValueError(f"count must lie between 1 and the {y[0].numel()} values of an image, not {count}")
+    if not (1 <= count <= y[0].numel() and iterations >= 1):
+        raise ValueError(f"give 1 to {y[0].numel()} components in 1 iteration or more, not {count} in {iterations}")
     _, multiply = posterior_covariance(denoiser, y, sigma)
     spread = torch.stack([noise(y) for _ in range(count)], dim=1)  # (B, K, 3, H, W)
     for _ in range(iterations):
@@ -504,7 +506,8 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolut
     A        a differentiable function of a batch, (B, C, H, W) -> (B, ...), in which images do not mix
     sigma_y  the standard deviation of its noise, in the units of y, above 0
     power    x -> variances (C, H, W), above 0, of the discrete cosines of clean pictures like x
-    Raises ValueError unless sigma_y > 0; and where y asks for a change by 10 or more, or by NaN: the sampling has diverged.
+    The result carries no gradient. Raises ValueError unless sigma_y > 0; and where y asks for a change by 10 or more, or by
+    NaN: the sampling has diverged.
     """
     if not sigma_y > 0:
         raise ValueError(f"sigma_y must be positive, not {sigma_y}: rounding to 8 bits alone is 0.3 / 255")

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import fcntl
 import functools
 import itertools
 import json
@@ -75,7 +74,7 @@ def set_options(constants, arguments=None, positional=None):
         parser.add_argument("--" + name.replace("_", "-"), **option)
         if name.upper() == positional:
             parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, metavar=positional)
-    for name, value in vars(parser.parse_args(arguments)).items():
+    for name, value in vars(parser.parse_intermixed_args(arguments)).items():
         constants[name.upper()] = tuple(value) if isinstance(value, list) else value
 
 
@@ -220,7 +219,7 @@ def read_pictures(sources, data_dir="data", white=None, notify=print, failed=Non
             if len(files) == 1 and not taken:
                 raise
             failed.append(path)
-            notify(error)
+            notify(str(error))
     if not taken:
         what = f"none of {len(failed)} files can be read" if failed else f"no picture ({' '.join(sorted(SUFFIXES))})"
         raise ValueError(f"{what} in {' '.join(map(str, sources))}")
@@ -241,7 +240,7 @@ def _find_files(sources, notify, failed):  # -> [(name, path)], of which both ma
         elif not path.is_dir():
             files.append((path.stem, path))
         else:
-            for folder, below, names in os.walk(path, onerror=lambda error: (failed.append(error.filename), notify(error))):
+            for folder, below, names in os.walk(path, onerror=lambda error: (failed.append(error.filename), notify(str(error)))):
                 below[:] = sorted(name for name in below if name[0] != ".")
                 for found in (Path(folder, name) for name in sorted(names) if name[0] != "."):
                     if found.suffix.lower() in SUFFIXES:
@@ -378,7 +377,7 @@ def _value_range(arrays, white):
     low, high, dark, bright = np.inf, -np.inf, np.inf, -np.inf
     for values in arrays:
         dtype = values.dtype
-        if dtype in (np.bool_, np.uint8) or white:
+        if dtype in (np.bool_, np.uint8) or white is not None:
             return 0, {np.bool_: 1, np.uint8: 255}.get(dtype.type, white), ""
         low, high = float(np.minimum(low, values.min())), float(np.maximum(high, values.max()))  # which keep what is no number
         means = ndimage.uniform_filter(values.astype(np.float32), (16, 16, 1)) if dtype.kind == "f" else values
@@ -686,6 +685,8 @@ def only_process(*paths):
         with replacing(path.parent / f"{path.stem}.tmp"):
             pass
         (path.parent / f"{path.stem}.tmp").unlink()
+    import fcntl  # here, since Windows has none, and only training needs it
+
     with open(paths[0].parent / f".{paths[0].stem}.lock", "w", encoding="utf-8") as lock:  # held while the process lives
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -745,19 +746,20 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def means(rows, key, **labels):
-    """Return for each value of rows[key] one row: the labels, and the mean of every column of numbers that all rows have."""
+def means(rows, key, name):
+    """Return a row for each value of rows[key]: "mean of n" in the column `name`, and the means of the columns that all have."""
     groups = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
-    return [
-        {
-            column: labels.get(column, value) if isinstance(value, str) else float(np.mean([row[column] for row in group]))
-            for column, value in group[0].items()
-            if all(type(row.get(column)) is type(value) for row in group)
-        }
-        for group in groups.values()
-    ]
+    found = []
+    for group in groups.values():
+        found.append({name: f"mean of {len(group)}"})
+        for column, value in group[0].items():
+            values = [row.get(column) for row in group]
+            if column != name and all(type(v) is type(value) for v in values):
+                same = isinstance(value, str) or len(set(values)) == 1
+                found[-1][column] = value if same else float(np.mean(values))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -843,11 +845,12 @@ def to_array(x):
     return (x.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
-def save_map(path, values, title, owner):
-    """Write a map (C, H, W) as it is to path.npy, and its root mean square over 5 x 5 pixels as a figure to path.png."""
+def save_map(path, variance, title):
+    """Write the root of a variance map (C, H, W), averaged over 5 x 5 pixels, to path.npy, and over channels to path.png."""
+    smooth = ndimage.uniform_filter(variance.numpy(), (1, 5, 5)).clip(0)
     with replacing(f"{path}.npy") as temporary:
-        np.save(temporary, values.permute(1, 2, 0).numpy())
-    image, (height, width) = np.sqrt(ndimage.uniform_filter((values**2).mean(0).numpy(), 5)), values.shape[1:]
+        np.save(temporary, np.sqrt(smooth).transpose(1, 2, 0))
+    image, (height, width) = np.sqrt(smooth.mean(0)), variance.shape[1:]
     figure = Figure(figsize=(6.5, min(12, 0.6 + 5.5 * height / width)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(image, cmap="magma", vmin=0, vmax=np.quantile(image, 0.99), interpolation="nearest")
@@ -855,8 +858,6 @@ def save_map(path, values, title, owner):
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
     save_figure(f"{path}.png", figure)
-    for suffix in (".npy", ".png"):
-        remember(Path(f"{path}{suffix}"), owner)
 
 
 def save_components(path, middle, deviations, directions):

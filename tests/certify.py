@@ -124,13 +124,13 @@ def certify(denoiser, y, x0, sigma, sigma_min):
         }
     ]
     for label, (sampler, steps, calls) in tqdm(samplers.items(), leave=False):
-        levels, last = sde.noise_levels(sigma, sigma_min, steps), []
+        levels, asked_about, kept = sde.noise_levels(sigma, sigma_min, steps), [], label == "`adams`, 20"
         count = DRAWS if calls <= FEW_CALLS else FEW_DRAWS
-        asked = watched(denoiser, lambda x, last=last, levels=levels: last.append(x.cpu()))
+        asked = watched(denoiser, lambda x, last=asked_about: last.append(x.cpu())) if kept else denoiser
         draws = draw(lambda y, noise: sampler(asked, y, levels, noise=noise), y, count, BATCH, SEED)  # noqa: B023
         rows.append({"sampler, network calls": label, **statistics(draws, truth, observed, one_step, sigma)})
-        if label == "`adams`, 20":  # what it asked last is its state at the lowest level
-            states = torch.cat([x.unflatten(0, (-1, len(y))) for x in last[calls - 1 :: calls]])
+        if kept:  # what it asked last is its state at the lowest level
+            states = torch.cat([x.unflatten(0, (-1, len(y))) for x in asked_about[calls - 1 :: calls]])
             found = {f"in {share:.0%}": coverage(states, truth, share) for share in (0.5, 0.9)}
             rows.append(
                 {"sampler, network calls": "its *state* before the last step"} | {k: v for k, v in found.items() if v is not None}

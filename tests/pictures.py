@@ -37,7 +37,7 @@ def photographs(size):
 
 
 def noisy(x0, sigma, seed):
-    return x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+    return x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
 
 
 def eight_bits(x):

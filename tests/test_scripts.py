@@ -326,7 +326,7 @@ def test_a_run_writes_what_it_did(trained, tmp_path):
             assert Image.open(tmp_path / "output" / f"{name}_{ending}.png").size == (128, 128)
     assert Image.open(tmp_path / "output" / "samples_sde.jpg").width > 500
     assert Image.open(tmp_path / "output" / "samples_sde.gif").n_frames > 3
-    frames = sorted(p.name for p in (tmp_path / "output" / "frames" / "astronaut_sde").iterdir())
+    frames = sorted(p.name for p in (tmp_path / "output" / "frames" / "astronaut_sde").glob("*.png"))
     assert frames[0] == "000_estimate_0.1000.png" and frames[-1] == "003_state_0.0100.png" and len(frames) == 8
     with open(tmp_path / "output" / "astronaut_sde.csv", encoding="utf-8") as file:
         curve = list(csv.DictReader(file))
@@ -398,6 +398,25 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
     assert (tmp_path / "output" / "mine_2_mmse.png").exists()
 
 
+def test_a_folder_is_denoised_but_for_what_cannot_be_read(trained, tmp_path):
+    checkpoint = trained / "checkpoints" / "score.pt"
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    patches = np.load(trained / "patches.npy")
+    for name, patch in (("a.png", patches[0]), ("a.bmp", patches[1]), ("sub/a.png", patches[2])):
+        Image.fromarray(patch).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.png").write_bytes((tmp_path / "in" / "a.png").read_bytes()[:60])
+    line = f"in --checkpoint {checkpoint} --sigma 0.1 --steps 2 --device cpu --components 1"
+    for _ in range(2):  # the second time the same files are written, and none of them read
+        out, _ = run(tmp_path, "denoise.py", line, code=1)
+        assert "broken.png' cannot be read" in out
+        found = {p.relative_to(tmp_path / "output").as_posix() for p in (tmp_path / "output").rglob("*_sde.png")}
+        assert found == {"a_sde.png", "a_2_sde.png", "sub/a_sde.png"}
+    run(tmp_path, "denoise.py", f"in/a.png --output one.png --checkpoint {checkpoint} --sigma 0.1 --steps 2 --device cpu")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "output" / "a_2_sde.png").read_bytes()
+    _, err = run(tmp_path, "denoise.py", f"in --output one.png --checkpoint {checkpoint} --sigma 0.1", code=2)
+    assert "--output" in err
+
+
 def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_order(trained, tmp_path):
     common = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --sigma 0.1 --steps 3 --device cpu --draws 2"
     patches = np.load(trained / "patches.npy")[:4]
@@ -430,6 +449,8 @@ def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_ord
         ("--sigma nan", ["nan"]),
         ("--method magic", ["magic"]),
         ("--steps 0", ["--steps"]),
+        ("--steps 2.5", ["--steps"]),
+        ("--output x.png", ["--output"]),
         ("--texture 2", ["--texture"]),
         ("--rho 1e-4", ["rho"]),
         ("--sde ito", ["--sde", "ito"]),

@@ -203,8 +203,8 @@ def test_a_table_is_aligned_markdown():
         "| a    |    1.23 |       |",
         "| long |   20.00 |     3 |",
     ]
-    (mean,) = utils.means([{"m": "x", "v": 1, "who": "a"}, {"m": "x", "v": 2, "who": "b"}], "m", who="both")
-    assert mean == {"m": "x", "v": 1.5, "who": "both"}
+    (mean,) = utils.means([{"m": "x", "v": 1, "n": 2, "who": "a"}, {"m": "x", "v": 2, "n": 2, "who": "b"}], "m", "who")
+    assert mean == {"m": "x", "v": 1.5, "n": 2, "who": "mean of 2"}
 
 
 def test_a_film_keeps_what_the_network_was_asked_and_said():
