@@ -8,6 +8,7 @@ x is a float tensor (B, 3, H, W) of images in [0, 1] plus noise of standard devi
 """
 
 import math
+import os
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -191,6 +192,8 @@ class ScoreModel(nn.Module):
             raise ValueError(f"noise range must be 0 < sigma_min <= sigma_max, not {sigma_min} and {sigma_max}")
         if network not in ("unet", "cnn3"):
             raise ValueError(f"unknown network '{network}': choose 'unet' or 'cnn3'")
+        if network == "cnn3" and sigma_min != sigma_max:
+            raise ValueError(f"network 'cnn3' has one noise level: sigma_min {sigma_min} and sigma_max {sigma_max} must be equal")
         if network == "unet":
             _check_shape(widths, blocks, attention)
         self.config = dict(network=network, sigma_min=sigma_min, sigma_max=sigma_max)
@@ -233,6 +236,8 @@ def _check_shape(widths, blocks, attention):
         raise ValueError(f"give 1 to 5 integers each, as many as each other: {widths=}, {blocks=}, {attention=}")
     if not all(1 <= w <= 2048 and 1 <= n <= 100 for w, n in zip(widths, blocks)):
         raise ValueError(f"widths {tuple(widths)} must lie between 1 and 2048, and blocks {tuple(blocks)} between 1 and 100")
+    if (weights := sum(18 * n * w**2 for w, n in zip(widths, blocks))) > 5e8:
+        raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} make {weights:.1g} weights: at most 5e8")
     if any(a not in (0, 1) or (a and w % 32) for a, w in zip(attention, widths)):
         raise ValueError(f"attention {tuple(attention)} is 0 or 1, and 1 only where widths {tuple(widths)} are multiples of 32")
 
@@ -259,13 +264,14 @@ def load_model(path, device="cpu", bfloat16=False):
     """
     checkpoint = load_checkpoint(path)
     try:
-        model = ScoreModel(**checkpoint["config"], bfloat16=bfloat16)
+        with torch.device("meta"):  # so that nothing is allocated for a shape that the weights do not have
+            model = ScoreModel(**checkpoint["config"], bfloat16=bfloat16)
         restore(model, checkpoint["weights"])
         model.info = dict(checkpoint["info"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"'{path}' is not a checkpoint of train_score.py ({type(error).__name__}: {reason})") from None
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def load_checkpoint(path):
@@ -275,8 +281,8 @@ def load_checkpoint(path):
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at '{path}': train one with train_score.py, or name another")
-    if not Path(path).is_file():
-        raise ValueError(f"'{path}' is not a file")
+    if not (Path(path).is_file() and os.access(path, os.R_OK)):
+        raise ValueError(f"'{path}' is not a file that can be read")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -299,4 +305,15 @@ def restore(module, weights):
             raise ValueError(f"its weight {name} has another shape or type")
         if not value.isfinite().all():
             raise ValueError(f"its weight {name} is not finite")
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=any(value.is_meta for value in expected.values()))
+
+
+def restore_optimizer(optimizer, state, memory):
+    """Load what an optimiser remembers; raises ValueError unless each weight has the memory, of its shape and finite."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for parameter in optimizer.param_groups[0]["params"] if memory else []:
+        found = optimizer.state[parameter]
+        if found.keys() != memory or any(x.shape not in ((), parameter.shape) for x in found.values()):
+            raise ValueError("the memory of an optimiser has other names or shapes")
+        if not all(x.isfinite().all() for x in found.values()):
+            raise ValueError("the memory of an optimiser is not finite")

@@ -9,8 +9,14 @@ The loss (Vincent 2011), for clean images x0 and x = x0 + sigma n, is
     E lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2  =  E lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
 
 Ctrl-C saves and stops; a crash loses the time since the last save. Run the same command again to go on, with the
-same result as if it had not stopped; with more --epochs it goes on beyond.
+same result as if it had not stopped; with more --epochs it goes on beyond. `torchrun --nproc-per-node=N train_score.py`
+shares each batch among N processes, a GPU for each where there are any, with the result of one to rounding.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules below load
 
 import copy
 import functools
@@ -28,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
-from model import ScoreModel, load_checkpoint, load_model, restore
+from model import ScoreModel, load_checkpoint, load_model, restore, restore_optimizer
 
 # -----------------------------------------------------------------------------
 # data
@@ -110,6 +116,16 @@ def draw_batch(images, step, batch_size, flip, law, seed):
     return x0, law(u), torch.randn(x0.shape, device=x0.device, generator=rng)
 
 
+def share(batch, rank, world):
+    """Return a process's part of the tensors of a batch, and the weight of its mean in that of the batch.
+
+    Where nothing is left for a process, it gets an image of another's, with weight zero.
+    """
+    count = len(batch[0])
+    mine = slice(rank, None, world) if rank < count else slice(1)
+    return [part[mine] for part in batch], len(range(rank, count, world)) / count
+
+
 @functools.lru_cache(maxsize=1)
 def epoch_order(count, seed, epoch):
     return torch.randperm(count, generator=generator(seed, 0, epoch, "cpu"))
@@ -167,16 +183,12 @@ def validate(model, images, sigmas):
 
     images: uint8 (N, 3, H, W). The noise is the same every time, one field for all levels.
     """
-    n, _, height, width = images.shape
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((n, height, width, 3))).permute(0, 3, 1, 2)
+    shape = (len(images), *images.shape[2:], 3)
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32)).permute(0, 3, 1, 2)
     means = {}
     for sigma in sigmas:
-        quality = []
-        for batch, z in zip(images.split(100), noise.split(100)):
-            x0 = batch.float() / 255
-            y = x0 + sigma * z.to(x0.device, torch.float32)
-            quality.append(utils.psnr(model(y, sigma), x0))
-        means[sigma] = torch.cat(quality).mean().item()
+        pairs = ((x.float() / 255, z.to(x.device)) for x, z in zip(images.split(100), noise.split(100)))
+        means[sigma] = torch.cat([utils.psnr(model(x0 + sigma * z, sigma).cpu(), x0.cpu()) for x0, z in pairs]).mean().item()
     return means
 
 
@@ -186,34 +198,42 @@ def validate(model, images, sigmas):
 
 
 class Training:
-    """What a training keeps between steps: one that was saved and loaded ends as if it had not stopped.
+    """What a training keeps between steps, in files of that name: one that was saved and loaded ends as if it had not stopped.
 
     images: how many there are in an epoch. made_with: options and other plain values that must not change on the way.
     """
 
-    def __init__(self, model, optimizers, images, batch_size, made_with):
+    def __init__(self, name, model, optimizers, images, batch_size, made_with):
+        self.network, self.resume = Path(f"checkpoints/{name}.pt"), Path(f"checkpoints/{name}_resume.pt")
+        self.figure, self.table = Path(f"figures/{name}_training.png"), Path(f"figures/{name}_training.csv")
+        self.files = self.network, self.resume, self.figure, self.table
         self.model, self.averaged, self.optimizers = model, copy.deepcopy(model), optimizers
-        self.images, self.batch_size, self.made_with = images, batch_size, made_with
-        self.step, self.loss_sum = 0, torch.zeros((), device=next(model.parameters()).device)
+        self.images, self.batch_size, self.epoch_steps = images, batch_size, math.ceil(images / batch_size)
+        self.made_with, self.step, self.loss_sum = made_with, 0, torch.zeros((), device=next(model.parameters()).device)
         self.losses, self.psnrs = [], []  # [step, mean loss since the one before], [step, {level: PSNR}]
-        self.seconds, self.saved, self.clock = 0.0, 0.0, time.perf_counter()
-
-    @property
-    def epoch_steps(self):
-        return math.ceil(self.images / self.batch_size)
+        self.began = self.saved = time.perf_counter()
 
     @property
     def images_seen(self):
         return self.step // self.epoch_steps * self.images + self.step % self.epoch_steps * self.batch_size
 
-    @torch.no_grad()
-    def count(self, loss, ema):
-        """Note a step that was made: its time, its loss, and its weights in their average, short at first to forget the start."""
-        now = time.perf_counter()
-        self.step, self.seconds, self.clock = self.step + 1, self.seconds + now - self.clock, now
-        self.loss_sum += loss.detach()
-        decay = min(ema, self.step / (self.step + 9))
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+    def learn(self, batch, weight, lr, clip, ema):
+        """Make a step: loss, gradient, weights, and their average, which is short at first to forget the start.
+
+        batch: this process's share of x0, sigma and noise; weight: that of its mean in the mean over the batch.
+        """
+        parameters, averages = list(self.model.parameters()), list(self.averaged.parameters())
+        loss = weight * denoising_loss(self.model, *batch)
+        self.model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            utils.sum_over_processes(loss, *(p.grad for p in parameters))
+            nn.utils.clip_grad_norm_(parameters, clip)
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+            self.step, self.loss_sum = self.step + 1, self.loss_sum + loss
+            torch._foreach_lerp_(averages, parameters, 1 - min(ema, self.step / (self.step + 9)))
 
     def mean_loss(self):
         """Return the mean loss since the last one logged; raises ValueError where it, or a weight, shows a divergence."""
@@ -229,51 +249,70 @@ class Training:
         self.loss_sum.zero_()
         return self.losses[-1][1]
 
-    def save(self, path):
+    def draw(self):
+        utils.plot_training(self.figure, self.losses, self.psnrs, self.images / self.epoch_steps)
+
+    def save(self, info):
+        """Write what the training goes on from, then the network and its curves, which the next start can make again."""
         self.mean_loss()
+        self.seconds = time.perf_counter() - self.began
         kept = {name: getattr(self, name) for name in ("made_with", "step", "seconds", "losses", "psnrs", "loss_sum")}
         kept |= {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
-        utils.save_checkpoint(path, kept | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
-        self.saved = self.seconds
+        utils.save_checkpoint(self.resume, kept | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+        info |= {"images_seen": self.images_seen, "epochs": self.step / self.epoch_steps, "hours": self.seconds / 3600}
+        info |= {"val_psnr": self.psnrs[-1][1] if self.psnrs else {}}
+        kept = {"config": self.model.config, "weights": self.averaged.state_dict(), "info": info}
+        utils.save_checkpoint(self.network, kept)
+        utils.save_curves(self.table, self.losses, self.psnrs, self.images / self.epoch_steps)
+        self.saved = time.perf_counter()
 
-    def load(self, path):
-        """Go on from what `save` wrote; raises ValueError where that is another training, or none."""
-        kept, advice = load_checkpoint(path), "choose another --name, or delete it"
+    def load(self):
+        """Go on from what `save` wrote, if it did; raises ValueError where that is another training, or damaged."""
+        if not self.resume.exists():
+            if self.network.exists():
+                raise ValueError(f"'{self.network}' exists and has no '{self.resume.name}' to go on from: choose another --name")
+            return
+        kept = load_checkpoint(self.resume)
         try:
-            for name, value in self.made_with.items():
-                if kept["made_with"][name] != value:
-                    raise ValueError(f"it was made with {name} {kept['made_with'][name]}, not {value}")
+            was, now = kept["made_with"], self.made_with
+            for name in was | now:
+                if was.get(name) != now.get(name):
+                    raise ValueError(f"it was made with {name} {was.get(name)}, not {now.get(name)}")
+            if not (kept["step"] >= 0 and kept["seconds"] >= 0):
+                raise ValueError(f"it made {kept['step']} steps in {kept['seconds']} seconds")
+            self.step, self.began = int(kept["step"]), self.saved - float(kept["seconds"])
+            self.losses = [[int(step), float(loss)] for step, loss in kept["losses"]]
+            self.psnrs = [[int(step), {float(s): float(v) for s, v in psnr.items()}] for step, psnr in kept["psnrs"]]
+            self.loss_sum.copy_(kept["loss_sum"])
             restore(self.model, kept["model"])
             restore(self.averaged, kept["averaged"])
-            for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            self.step, self.seconds, self.losses, self.psnrs = (
-                int(kept["step"]),
-                float(kept["seconds"]),
-                kept["losses"],
-                kept["psnrs"],
-            )
-            self.loss_sum.copy_(kept["loss_sum"])
+            for optimizer, saved in zip(self.optimizers, kept["optimizers"], strict=True):
+                memory = {"momentum_buffer"} if isinstance(optimizer, HiddenMuon) else {"step", "exp_avg", "exp_avg_sq"}
+                restore_optimizer(optimizer, saved["state"], memory if self.step else set())
             self.mean_loss()
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"cannot go on from '{path}' ({type(error).__name__}: {error}): {advice}") from None
-        self.saved = self.seconds
+        except Exception as error:  # whatever wrong parts can raise
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"cannot go on from '{self.resume}' ({reason}): choose another --name, or delete it") from None
 
 
-# -----------------------------------------------------------------------------
-# The recipe
 # -----------------------------------------------------------------------------
 
 
 def check_constants():
-    for name in ("EPOCHS", "BATCH_SIZE", "LR", "CLIP", "VAL_IMAGES", "LOG_STEPS", "SAVE_MINUTES"):
-        utils.check(globals()[name] > 0, name, globals()[name], "must be positive")
-    for name in ("DECAY", "EMA"):
-        utils.check(0 <= globals()[name] <= 1, name, globals()[name], "must lie between 0 and 1")
-    utils.check(0 < TAILS < 0.5, "TAILS", TAILS, "must lie between 0 and 0.5")
+    limits = {name: (1, 1e9) for name in ("EPOCHS", "BATCH_SIZE", "VAL_IMAGES", "LOG_STEPS")}
+    limits |= {"LR": (1e-12, 100), "WARMUP": (0, 1e9), "DECAY": (0, 1), "EMA": (0, 1), "TAILS": (1e-6, 0.499)}
+    limits |= {"CLIP": (1e-9, math.inf), "SAVE_MINUTES": (0, math.inf), "SEED": (0, 2**64 - 1)}
+    limits |= {"SIGMA_MIN": (1e-6, 1e6), "SIGMA_MAX": (SIGMA_MIN, 1e6)}
+    for name, (low, high) in limits.items():
+        utils.check(low <= globals()[name] <= high, name, globals()[name], f"must lie between {low} and {high}")
     utils.check(re.fullmatch(r"\w[\w.-]{0,99}", NAME), "NAME", repr(NAME), "must be up to 100 letters, digits, '.', '-' and '_'")
-    utils.check(WARMUP >= 0, "WARMUP", WARMUP, "must not be negative")
     utils.check(OPTIMIZER in ("muon", "adam"), "OPTIMIZER", OPTIMIZER, "must be muon or adam")
+    positive = all(0 < sigma < math.inf for sigma in VAL_SIGMAS) and val_sigmas()
+    utils.check(positive, "VAL_SIGMAS", VAL_SIGMAS, f"must be positive, one of them from {SIGMA_MIN} to {SIGMA_MAX}")
+
+
+def val_sigmas():
+    return [sigma for sigma in VAL_SIGMAS if SIGMA_MIN <= sigma <= SIGMA_MAX]
 
 
 def read_data(device):
@@ -304,88 +343,55 @@ def initial_weights(model, path):
         raise ValueError(f"--init '{path}' does not say how long it was trained") from None
 
 
-def start(training, network, resume, steps):
-    """Go on from the last save, if there is one; raises ValueError where nothing is left to do, or a network would be lost."""
-    if resume.exists():
-        training.load(resume)
-    elif network.exists():
-        raise ValueError(f"'{network}' exists and has no '{resume.name}' to go on from: choose another --name")
-    try:
-        complete = training.step >= steps and load_model(network).info["images_seen"] == training.images_seen
-    except (OSError, ValueError, KeyError):
-        complete = False  # stopped between its last two files: the network is written again
-    if complete:
-        raise ValueError(f"'{network}' is trained for {EPOCHS} epochs already: give more --epochs to go on")
-
-
-def save(training, network, resume, figure, info):
-    """Write what the training goes on from, then the network and the figure, which the next start can make again."""
-    training.save(resume)
-    info |= {"images_seen": training.images_seen, "epochs": training.step / training.epoch_steps}
-    info |= {"hours": training.seconds / 3600, "val_psnr": training.psnrs[-1][1] if training.psnrs else {}}
-    weights = training.averaged.state_dict()
-    utils.save_checkpoint(network, {"config": training.model.config, "weights": weights, "info": info})
-    utils.plot_training(figure, training.losses, training.psnrs, training.images / training.epoch_steps)
-
-
 def in_words(psnr):
     return "PSNR " + "  ".join(f"{value:.2f} dB at {sigma:g}" for sigma, value in psnr.items())
 
 
 def main():
     check_constants()
-    device = utils.pick_device(DEVICE)
+    device, (rank, world) = utils.pick_device(DEVICE), utils.join_processes()
+    utils.check(world <= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"must be at least {world}, an image for each process")
     torch.manual_seed(SEED)
-    model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, utils.pick_bfloat16(PRECISION, device)).to(
-        device
-    )
+    bfloat16 = utils.pick_bfloat16(PRECISION, device)
+    model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, bfloat16).to(device)
     earlier = initial_weights(model, INIT) if INIT != "none" else {}
-    train, val, test = read_data(device)
-    training = Training(model, make_optimizers(model, OPTIMIZER, LR), len(train), BATCH_SIZE, fixed_options(train))
-    steps, sigmas = EPOCHS * training.epoch_steps, [s for s in VAL_SIGMAS if SIGMA_MIN <= s <= SIGMA_MAX] or [SIGMA_MAX]
-    info = {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "earlier": earlier}
-    info |= {"hardware": utils.hardware(device), "torch": str(torch.__version__), "test_psnr": {}}
+    train, val, test = utils.first_alone(rank, lambda: read_data(device))
+    training = Training(NAME, model, make_optimizers(model, OPTIMIZER, LR), len(train), BATCH_SIZE, fixed_options(train))
+    steps, epoch_steps = EPOCHS * training.epoch_steps, training.epoch_steps
     law = functools.partial(noise_law, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, tails=TAILS)
-    network, resume, figure = (
-        Path(f"checkpoints/{NAME}.pt"),
-        Path(f"checkpoints/{NAME}_resume.pt"),
-        Path(f"figures/{NAME}_training.png"),
-    )
+    info = {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "earlier": earlier}
+    info |= {"hardware": utils.hardware(device, world), "torch": str(torch.__version__), "test_psnr": {}}
+    say = tqdm.write if rank == 0 else lambda text: None  # the first process speaks, measures and writes
 
-    with utils.only_process(network, resume, figure), utils.stop_signals() as stop:
-        start(training, network, resume, steps)
-        print(
-            f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {info['hardware']}; {len(train):,} "
-            f"training images, {EPOCHS} epochs of {training.epoch_steps} steps, from step {training.step}"
-        )
-        with tqdm(total=EPOCHS * len(train), initial=training.images_seen, unit="img", unit_scale=True, smoothing=0.05) as bar:
-            while training.step < steps and not stop:
-                x0, sigma, noise = draw_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED)
-                loss = denoising_loss(model, x0, sigma, noise)
-                model.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                for optimizer in training.optimizers:
-                    optimizer.param_groups[0]["lr"] = learning_rate(training.step, steps, LR, WARMUP, DECAY)
-                    optimizer.step()
-                training.count(loss, EMA)
-
-                bar.update(len(x0))
+    with utils.only_process(*training.files * (rank == 0)), utils.stop_signals() as stop:
+        training.load()
+        say(f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {info['hardware']}")
+        say(f"{len(train):,} training images, {EPOCHS} epochs of {epoch_steps} steps, from step {training.step}")
+        with tqdm(total=EPOCHS * len(train), unit="img", unit_scale=True, disable=rank > 0 or None) as bar:  # on a terminal
+            bar.initial = bar.n = training.images_seen
+            while training.step < steps and not utils.any_process(stop):
+                batch, weight = share(draw_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED), rank, world)
+                training.learn(batch, weight, learning_rate(training.step, steps, LR, WARMUP, DECAY), CLIP, EMA)
+                bar.update(training.images_seen - bar.n)
                 if training.step % LOG_STEPS == 0:
                     bar.set_postfix(loss=f"{training.log_loss():.4f}")
-                if training.step % training.epoch_steps == 0:
-                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, sigmas)])
-                    bar.write(f"epoch {training.step // training.epoch_steps}: validation {in_words(psnr)}")
-                if training.seconds - training.saved > 60 * SAVE_MINUTES:
-                    save(training, network, resume, figure, info)
-            if training.step == steps and test is not None:
-                info["test_psnr"] = validate(training.averaged, test, sigmas)
-                bar.write(f"test {in_words(info['test_psnr'])}")
-            save(training, network, resume, figure, info)
+                    say(f"step {training.step} of {steps}: loss {training.losses[-1][1]:.4f}") if bar.disable else None
+                if training.step % epoch_steps == 0 and rank == 0:
+                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, val_sigmas())])
+                    say(f"epoch {training.step // epoch_steps}: validation {in_words(psnr)}")
+                    training.draw()
+                if time.perf_counter() - training.saved > 60 * SAVE_MINUTES and rank == 0:
+                    training.save(info)
+            if training.step >= steps and test is not None and rank == 0:
+                info["test_psnr"] = validate(training.averaged, test, val_sigmas())
+                say(f"test {in_words(info['test_psnr'])}")
+            if rank == 0:
+                training.save(info)
+                training.draw()
     if training.step < steps:
-        print(f"stopped after step {training.step} of {steps}, saved in '{resume}': run the same command to go on")
+        say(f"stopped after step {training.step} of {steps}, saved in '{training.resume}': run the same command to go on")
         sys.exit(130)
-    print(f"{training.images_seen:,} images seen; wrote '{network}' and '{figure}'")
+    say(f"{training.images_seen:,} images seen; wrote '{training.network}' and '{training.figure}'; more --epochs go on")
 
 
 if __name__ == "__main__":

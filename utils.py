@@ -25,6 +25,7 @@ import numpy as np
 import skimage
 import tifffile
 import torch
+import torch.distributed as dist
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -99,6 +100,8 @@ def run_script(main, constants, positional=None):
     """Set the constants of a script and run its main(): bad input is one line on stderr and exit code 2, Ctrl-C is code 130."""
     script = Path(constants["__file__"]).name
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the script may have let Ctrl-C end it while it loaded
+        sys.stdout.reconfigure(line_buffering=True)  # so that a file shows a line when it is made
         set_options(constants, positional=positional)
         main()
     except (ValueError, OSError) as error:
@@ -119,7 +122,8 @@ def _fail(script, message):
 def pick_device(name):
     """Return the torch device of that name; "auto" is the GPU where there is one. Raises ValueError."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # a GPU for each process
     try:
         torch.zeros(1, device=name).cpu()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -137,11 +141,10 @@ def pick_bfloat16(precision, device):
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def hardware(device):
+def hardware(device, processes=1):
     """Return in words what a script runs on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+    cpu = f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+    return f"{processes} x " * (processes > 1) + (torch.cuda.get_device_name(device) if device.type == "cuda" else cpu)
 
 
 def find(path):
@@ -162,6 +165,48 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# -----------------------------------------------------------------------------
+# More than one process
+# -----------------------------------------------------------------------------
+
+
+def join_processes():
+    """Join those that torchrun has started: return the number of this process, from 0, and how many there are."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    return dist.get_rank(), dist.get_world_size()
+
+
+@torch.no_grad()
+def sum_over_processes(*tensors):
+    """Replace tensors of one device by their sums over all processes; raises OSError where one of these has ended."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError:
+            raise OSError("another process of this training has ended") from None
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def any_process(condition):
+    """Whether the condition holds in any process; all wait here for each other."""
+    sum_over_processes(flag := torch.tensor(float(bool(condition))))
+    return flag.item() > 0
+
+
+def first_alone(rank, work):
+    """Return work(), which the first process does before the others: it may have to download."""
+    if rank > 0:
+        any_process(False)
+    done = work()
+    if rank == 0:
+        any_process(False)
+    return done
 
 
 # -----------------------------------------------------------------------------
@@ -656,42 +701,49 @@ class Film:
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path beside `path`, and move it into place only if the block ends without an exception.
-
-    Raises OSError, also where a library says in its own way that it could not write.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}_", suffix=path.suffix)
-    os.close(handle)
+def beside(path):
+    """Yield the path of a temporary file beside `path`. Raises OSError, also where a library fails to write in its own way."""
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}_", suffix=path.suffix)
+        os.close(handle)
         yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"'{path}' cannot be written ({error}); what was there before is unchanged") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`, and move it into place only if the block ends without an exception."""
+    with beside(path) as temporary:
+        yield temporary
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
 def only_process(*paths):
     """Make sure, before any work, that these files can be written, and by one process at a time; remove what a crash left.
 
-    Raises OSError if a folder is not writable, and ValueError if another process holds the first path.
+    Raises OSError if one cannot be written, and ValueError if another process holds the first.
     """
-    for path in paths:
-        with replacing(path.parent / f"{path.stem}.tmp"):
-            pass
-        (path.parent / f"{path.stem}.tmp").unlink()
-    import fcntl  # here, since Windows has none, and only training needs it
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            with beside(path):
+                if path.exists() and not path.is_file():
+                    raise OSError("it is not a file")
+        if paths:
+            import fcntl  # here, since Windows has none, and only training needs it
 
-    with open(paths[0].parent / f".{paths[0].stem}.lock", "w", encoding="utf-8") as lock:  # held while the process lives
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing '{paths[0]}': wait for it, or choose another name") from None
+            lock = held.enter_context(open(paths[0].parent / f".{paths[0].stem}.lock", "w", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while the process lives
+            except OSError:
+                raise ValueError(f"another process is writing '{paths[0]}': wait for it, or choose another name") from None
         for path in paths:
             for leftover in path.parent.glob(f".{path.stem}_????????{path.suffix}"):
                 leftover.unlink()
@@ -711,11 +763,24 @@ def save_image(path, x):
 
 
 def save_csv(path, rows):
-    """Write rows, dictionaries by column, as comma-separated text."""
+    """Write rows, dictionaries by column, as comma-separated text; a column that a row lacks is empty there."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def save_curves(path, losses, psnrs, images_per_step):
+    """Write the loss and the validation PSNR of a training as comma-separated text, a line for each step that has one.
+
+    losses: [[step, loss], ...]. psnrs: [[step, {noise level: PSNR}], ...].
+    """
+    found = [(step, {"loss": loss}) for step, loss in losses]
+    found += [(step, {f"PSNR at {s}": value for s, value in psnr.items()}) for step, psnr in psnrs]
+    lines = {step: {"step": step, "images": round(step * images_per_step)} for step, _ in sorted(found, key=lambda row: row[0])}
+    for step, values in found:
+        lines[step] |= values
+    save_csv(path, lines.values())
 
 
 def save_figure(path, figure):
@@ -768,10 +833,11 @@ def means(rows, key, name):
 
 
 def plot_training(path, losses, psnrs, images_per_step):
-    """Draw the loss, and the validation PSNR of each noise level, against the images seen.
+    """Draw the loss, and the validation PSNR of each noise level, against the images seen, and write them beside it.
 
-    losses: [[step, loss], ...]. psnrs: [[step, {noise level: PSNR}], ...].
+    losses, psnrs: as in save_curves.
     """
+    save_curves(path.with_suffix(".csv"), losses, psnrs, images_per_step)
     levels = list(psnrs[-1][1]) if psnrs else []
     rows = math.ceil((1 + len(levels)) / 3)
     figure = Figure(figsize=(10, 2.4 * rows), layout="constrained")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import CNN3, ScoreModel, WindowAttention, load_checkpoint, load_model
 import train_score
+from model import CNN3, NoiseEmbedding, ResidualBlock, ScoreModel, WindowAttention, load_checkpoint, load_model
 from train_score import HiddenMuon, denoising_loss, make_optimizers, noise_law, typical_error
 from utils import add_noise, psnr, read_images, save_checkpoint
 
@@ -19,7 +19,8 @@ SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 
 def small_model(seed=0, **changes):
     """A small U-Net with random weights everywhere, also where training starts from zero."""
     torch.manual_seed(seed)
-    model = ScoreModel(**SMALL | changes)
+    one_level = {"sigma_min": 0.1, "sigma_max": 0.1} if changes.get("network") == "cnn3" else {}
+    model = ScoreModel(**SMALL | one_level | changes)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,6 +44,35 @@ def test_an_untrained_unet_is_the_wiener_estimate_of_its_prior(sigma):
     model, x = ScoreModel(**SMALL), images(2, 3, 8, 8)
     c2 = model.sigma_data**2
     torch.testing.assert_close(model(x, sigma), 0.5 + c2 / (c2 + sigma**2) * (x - 0.5))
+
+
+def test_at_the_spread_of_pixels_half_of_the_noise_is_believed():
+    # Where sigma is the standard deviation of pixels around 0.5, a quarter, the Wiener estimate is halfway.
+    model, x = ScoreModel(**SMALL), images(1, 3, 8, 8)
+    torch.testing.assert_close(model(x, 0.25), 0.25 + x / 2)
+
+
+def test_a_new_block_is_the_identity_at_every_level():
+    block, x, e = ResidualBlock(8, 4), images(2, 8, 6, 6), images(2, 4)
+    assert torch.equal(block(x, e), x)
+    torch.nn.init.ones_(block.conv2.weight)
+    assert torch.equal(block(x, e), block(x, 7 * e)) and not torch.equal(block(x, e), x)  # no level is told apart yet
+
+
+def test_a_residual_block_is_its_formula():
+    block, x, e = ResidualBlock(8, 4), images(2, 8, 6, 6), images(2, 4)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    scale, shift = (e @ block.film.weight.T + block.film.bias)[:, :, None, None].chunk(2, dim=1)
+    silu = lambda x: x * x.sigmoid()  # noqa: E731
+    h = block.conv1(silu(x)) * (1 + scale) + shift
+    torch.testing.assert_close(block(x, e), x + block.conv2(silu(h)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_noise_level_is_embedded_by_sines_of_its_logarithm():
+    layer, log_sigma = NoiseEmbedding(6), torch.tensor([-2.0, 0.3])
+    angles = log_sigma[:, None] * 2 ** torch.linspace(-2, 2, 16)
+    torch.testing.assert_close(layer(log_sigma), layer.layers(torch.cat([angles.cos(), angles.sin()], 1)))
 
 
 def test_preconditioning_asks_the_network_for_a_target_of_unit_variance():
@@ -278,6 +308,7 @@ def test_a_checkpoint_that_is_none_of_ours_is_refused(tmp_path):
         {"weights": good["weights"] | {name: value[:-1]}},
         {"weights": good["weights"] | {name: value * math.nan}},
         {"config": model.config | {"blocks": (10_000_000, 1)}},
+        {"config": model.config | {"widths": (2048, 2048), "blocks": (50, 50)}},  # as many weights as 30 GB
         {"config": model.config | {"sigma_max": math.inf}},
         {"config": model.config | {"sigma_min": 1e-300}},
     ):

@@ -1,13 +1,21 @@
-"""Each script as a user calls it: small, in a subprocess, in an empty folder."""
+"""Each script as a user calls it: small, in an empty folder, and once in a process of its own."""
 
+import contextlib
+import copy
 import csv
 import functools
+import io
+import math
+import os
+import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,10 +41,27 @@ def start(folder, script, line):
     return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(folder, script, line, code=0):
+def call(folder, script, line, code=0):
+    """Run a script in a process of its own; return what it wrote to stdout and stderr."""
     process = start(folder, script, line)
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, out + err
+    return out, err
+
+
+def run(folder, script, line, code=0):
+    """As `call`, but in this process, which has loaded its modules already."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    before, found = signal.getsignal(signal.SIGINT), 0
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with mock.patch.object(sys, "argv", [script, *(line.split() if isinstance(line, str) else line)]):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            found = stop.code
+    signal.signal(signal.SIGINT, before)
+    out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
+    assert found == code, out + err
     return out, err
 
 
@@ -69,8 +94,8 @@ def trained(tmp_path_factory):
     """A folder in which a small network was trained on 300 patches of the samples, and those patches as patches.npy."""
     folder = tmp_path_factory.mktemp("trained")
     np.save(folder / "patches.npy", utils.read_patches("samples")[:300].permute(0, 2, 3, 1).numpy())
-    out, err = run(folder, "train_score.py", f"--data patches.npy --test patches.npy {SMALL}")
-    assert "epoch 2: validation PSNR" in out and "dB at 0.1" in out and "img/s" in err
+    out, err = call(folder, "train_score.py", f"--data patches.npy --test patches.npy {SMALL}")
+    assert "step 115 of 118: loss" in out and "epoch 2: validation PSNR" in out and "dB at 0.1" in out and err == ""
     return folder
 
 
@@ -91,6 +116,16 @@ def test_training_writes_a_checkpoint_that_tells_its_story(trained):
     assert Image.open(trained / "figures" / "score_training.png").width > 500
 
 
+def test_the_curves_are_a_table_too(trained):
+    state = load_checkpoint(trained / "checkpoints" / "score_resume.pt")
+    with open(trained / "figures" / "score_training.csv", encoding="utf-8") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    assert [[step, float(rows[step]["loss"])] for step, _ in state["losses"]] == state["losses"] != []
+    for step, psnr in state["psnrs"]:
+        assert {float(s): float(rows[step][f"PSNR at {s}"]) for s in psnr} == psnr
+    assert list(rows) == sorted(rows) and rows[118]["images"] == "472" and rows[118]["loss"] == ""
+
+
 def test_training_interrupted_and_resumed_gives_the_same_weights(trained, tmp_path):
     line = f"--data {trained / 'patches.npy'} {SMALL} --save-minutes 0.0001"
     process = start(tmp_path, "train_score.py", line)
@@ -102,11 +137,150 @@ def test_training_interrupted_and_resumed_gives_the_same_weights(trained, tmp_pa
     assert process.returncode == 130 and "run the same command to go on" in out, out + err
     step = load_checkpoint(resume)["step"]
     assert 60 < step < 118
-    out, _ = run(tmp_path, "train_score.py", line)
-    assert f"from step {step}" in out
-    resumed, straight = (torch.load(f / "checkpoints" / "score.pt", weights_only=True) for f in (tmp_path, trained))
-    assert all(torch.equal(resumed["weights"][k], straight["weights"][k]) for k in straight["weights"])
-    assert resumed["info"]["val_psnr"] == straight["info"]["val_psnr"]
+    out, _ = call(tmp_path, "train_score.py", line)
+    assert f"from step {step}" in out and same_weights(tmp_path, trained)
+
+
+def same_weights(*folders):
+    first, second = (load_checkpoint(folder / "checkpoints" / "score.pt")["weights"] for folder in folders)
+    return all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """Make a training in this process stop before a step, as a signal would."""
+
+    def stop(step):
+        calls = iter(range(10**9))
+        monkeypatch.setattr(utils, "any_process", lambda condition: condition == [] and next(calls) >= step)
+
+    return stop
+
+
+def test_a_training_stopped_twice_ends_as_if_it_had_not(trained, tmp_path, stopping):
+    line = f"--data {trained / 'patches.npy'} {SMALL}"
+    for steps, total in ((7, 7), (0, 7), (56, 63)):  # between two losses that are logged, and four steps into epoch 2
+        stopping(steps)
+        out, _ = run(tmp_path, "train_score.py", line, code=130)
+        assert f"stopped after step {total} of 118" in out
+    path = tmp_path / "checkpoints" / "score_resume.pt"
+    utils.save_checkpoint(path, load_checkpoint(path) | {"seconds": 1000.0})
+    stopping(10**9)
+    run(tmp_path, "train_score.py", line)
+    ended, straight = (load_checkpoint(folder / "checkpoints" / "score_resume.pt") for folder in (tmp_path, trained))
+    assert ended.pop("seconds") > 1000 > straight.pop("seconds") > 0
+    assert equal(ended, straight)
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_a_training_is_its_recipe(trained, tmp_path):
+    # The same three steps by hand, with every number another than its default.
+    line = "--widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.02 --sigma-max 2 --tails 0.1 --batch-size 4 --epochs 1 "
+    line += "--lr 0.02 --warmup 2 --decay 0.5 --clip 0.1 --ema 0.3 --seed 5 --val-images 288 --val-sigmas 0.1 --log-steps 2 "
+    run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {line} --device cpu --precision float32")
+    images = torch.from_numpy(np.load(trained / "patches.npy")[:12]).permute(0, 3, 1, 2)
+    torch.manual_seed(5)
+    model = ScoreModel("unet", 0.02, 2.0, (32, 32), (1, 1), (0, 1))
+    optimizers, averaged, losses = train_score.make_optimizers(model, "muon", 1.0), copy.deepcopy(model), []
+    for step, (lr, decay) in enumerate(((0.01, 0.1), (0.02, 2 / 11), (0.02 * 2 / 3, 0.25))):
+        x0, sigma, noise = train_score.draw_batch(images, step, 4, True, lambda u: train_score.noise_law(u, 0.02, 2.0, 0.1), 5)
+        loss = train_score.denoising_loss(model, x0, sigma, noise)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        for average, weight in zip(averaged.parameters(), model.parameters()):
+            average.data = decay * average + (1 - decay) * weight.data
+        losses.append(loss.item())
+    state = load_checkpoint(tmp_path / "checkpoints" / "score_resume.pt")
+    assert equal(state["model"], dict(model.state_dict())) and abs(state["loss_sum"] / losses[2] - 1) < 1e-6
+    for name, average in averaged.state_dict().items():
+        torch.testing.assert_close(state["averaged"][name], average)
+    assert state["losses"][0][0] == 2 and abs(state["losses"][0][1] / np.mean(losses[:2]) - 1) < 1e-6
+    val = torch.from_numpy(np.load(trained / "patches.npy")[12:]).permute(0, 3, 1, 2)
+    expected = train_score.validate(load_model(tmp_path / "checkpoints" / "score.pt"), val, (0.1,))
+    assert abs(state["psnrs"][0][1][0.1] - expected[0.1]) < 1e-4
+
+
+def test_validation_measures_the_noise_that_it_adds():
+    images, sigmas = torch.full((250, 3, 8, 8), 128, dtype=torch.uint8), (0.02, 0.1)
+    z = np.random.default_rng(0).standard_normal((250, 8, 8, 3))
+    for sigma, value in train_score.validate(lambda x, sigma: x, images, sigmas).items():
+        assert abs(value - np.mean(-10 * np.log10(((sigma * z) ** 2).mean((1, 2, 3))))) < 1e-3
+    assert train_score.validate(lambda x, sigma: torch.full_like(x, 128 / 255), images, sigmas)[0.1] > 100
+
+
+# -----------------------------------------------------------------------------
+# More than one process
+# -----------------------------------------------------------------------------
+
+TWO = (
+    "--network unet --widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.01 --sigma-max 1 --batch-size 5 --decay 0 "
+    "--warmup 5 --val-images 274 --log-steps 4 --device cpu --precision float32 --val-sigmas 0.1 "
+)
+
+
+def torchrun(folder, line):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "train_score.py"]
+    return subprocess.Popen([*command, *line.split()], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_processes_equal_one_which_goes_on_where_they_stopped(trained, tmp_path, stopping):
+    # 26 images in batches of 5, so of 3 and 2 to a process, and one image in the last.
+    # Adam, since Muon's own arithmetic is in bfloat16, and tells roundings apart by 1e-2.
+    line = f"--data {trained / 'patches.npy'} {TWO} --optimizer adam --epochs 4"
+    process = torchrun(tmp_path, line)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and out.count("epoch 4: validation") == 1, out + err
+    (tmp_path / "one").mkdir()
+    run(tmp_path / "one", "train_score.py", line)
+    assert far_apart(tmp_path, tmp_path / "one") < 1e-5
+    for folder in (tmp_path, tmp_path / "one"):
+        run(folder, "train_score.py", line.replace("--epochs 4", "--epochs 5"))
+    assert far_apart(tmp_path, tmp_path / "one") < 1e-5
+
+
+def far_apart(*folders):
+    first, second = (load_checkpoint(folder / "checkpoints" / "score_resume.pt") for folder in folders)
+    torch.manual_seed(0)
+    start = ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1)).state_dict()
+    apart, moved = (sum((first["model"][k] - other[k]).square().sum() for k in start) for other in (second["model"], start))
+    assert first["step"] == second["step"] >= 20 and moved > 0
+    return (apart / moved).sqrt().item()
+
+
+def test_a_signal_to_one_process_stops_both(trained, tmp_path):
+    process = torchrun(tmp_path, f"--data {trained / 'patches.npy'} {TWO} --epochs 10000 --save-minutes 0.0001")
+    resume = tmp_path / "checkpoints" / "score_resume.pt"
+    while process.poll() is None and not resume.exists():
+        time.sleep(0.05)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(children[-1], signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    assert "stopped after step" in out and load_checkpoint(resume)["step"] > 0, out + err
+
+
+def test_shares_of_a_batch_weigh_as_much_as_they_hold():
+    batch = [torch.arange(5.0) ** 2, torch.arange(5.0)]
+    for world in (1, 2, 3, 5, 7):
+        shares = [train_score.share(batch, rank, world) for rank in range(world)]
+        assert abs(sum(weight * parts[0].mean() for parts, weight in shares) - batch[0].mean()) < 1e-6
+        assert all(torch.equal(parts[0], parts[1] ** 2) and len(parts[0]) for parts, _ in shares)
+        assert max(len(parts[0]) for parts, _ in shares) == math.ceil(5 / world)
+
+
+# -----------------------------------------------------------------------------
+# Every step, and what it is made of
+# -----------------------------------------------------------------------------
 
 
 def drawn(images, step, flip=True, seed=0):
@@ -166,7 +340,8 @@ def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     line = f"--data patches.npy {SMALL}"
-    refuses(tmp_path, "train_score.py", line, "--epochs")
+    out, _ = run(tmp_path, "train_score.py", line)
+    assert "from step 118" in out and "more --epochs" in out and same_weights(tmp_path, trained)
     out, _ = run(tmp_path, "train_score.py", line.replace("--epochs 2", "--epochs 3"))
     assert "from step 118" in out and load_model(tmp_path / "checkpoints" / "score.pt").info["epochs"] == 3
     refuses(tmp_path, "train_score.py", line.replace("--widths 32 32", "--widths 32 64"), "score_resume.pt", "--widths", "--name")
@@ -186,8 +361,7 @@ def test_an_end_cut_between_its_files_is_completed_by_the_next_start(trained, tm
     for old in (None, b"cut short"):
         network.unlink() if old is None else network.write_bytes(old)
         out, _ = run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL}")
-        before, after = (load_checkpoint(f / "checkpoints" / "score.pt")["weights"] for f in (trained, tmp_path))
-        assert "from step 118" in out and all(torch.equal(before[k], after[k]) for k in before)
+        assert "from step 118" in out and same_weights(tmp_path, trained)
 
 
 def test_the_network_that_is_kept_is_the_average(trained):
@@ -196,12 +370,71 @@ def test_the_network_that_is_kept_is_the_average(trained):
     assert any(not torch.equal(state["model"][k], kept["weights"][k]) for k in kept["weights"])
 
 
-@pytest.mark.parametrize("wrong", [{"optimizers": []}, {"model": {}}, {"losses": None}, {"seconds": None}, {"made_with": {}}])
-def test_what_no_training_can_go_on_from_is_refused(trained, tmp_path, refuses, wrong):
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        (["optimizers"], []),
+        (["optimizers", 0, "state"], {}),
+        (["optimizers", 0, "state", 3, "exp_avg"], torch.zeros(7)),
+        (["optimizers", 0, "state", 3], {"step": torch.tensor(3.0)}),
+        (["optimizers", 1, "state", 0, "momentum_buffer"], torch.tensor(math.nan)),
+        (["model"], {}),
+        (["averaged", "net.head.bias"], torch.full((3,), math.nan)),
+        (["losses"], None),
+        (["psnrs"], [[59, ["words"]]]),
+        (["step"], math.inf),
+        (["step"], -1),
+        (["seconds"], None),
+        (["seconds"], math.nan),
+        (["loss_sum"], torch.zeros(2)),
+        (["made_with"], {}),
+        (["made_with", "--of-another-version"], 1),
+    ],
+)
+def test_what_no_training_can_go_on_from_is_refused(trained, tmp_path, refuses, path, value):
     state = load_checkpoint(trained / "checkpoints" / "score_resume.pt")
-    utils.save_checkpoint(tmp_path / "checkpoints" / "score_resume.pt", state | wrong)
+    part = state
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    utils.save_checkpoint(tmp_path / "checkpoints" / "score_resume.pt", state)
     (tmp_path / "figures").mkdir()
     refuses(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL} --epochs 3", "score_resume.pt", "--name")
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "figures", "figures/score_training.png", "figures/score_training.csv"])
+def test_what_cannot_be_written_is_found_before_the_first_step(trained, tmp_path, refuses, where):
+    path = tmp_path / where
+    if path.suffix:
+        path.mkdir(parents=True)
+    else:
+        path.write_text("a file")
+    refuses(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL}", where, "cannot be written")
+
+
+def test_a_disk_that_fills_up_leaves_the_old_files(trained, tmp_path, refuses):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # less than half of the weights
+    try:
+        refuses(
+            tmp_path, "train_score.py", f"--data patches.npy {SMALL} --epochs 3 --save-minutes 0", "score_resume.pt", "unchanged"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_one_training_at_a_time_has_a_name(trained, tmp_path, refuses):
+    with utils.only_process(tmp_path / "checkpoints" / "score.pt", tmp_path / "figures" / "score_training.png"):
+        refuses(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL}", "another process", "score.pt")
+
+
+def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
+    process = start(tmp_path, "train_score.py", "--data samples")
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
 
 def test_training_starts_from_a_checkpoint(trained, tmp_path, refuses):
@@ -225,7 +458,7 @@ def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good
     state = load_checkpoint(tmp_path / "checkpoints" / "cnn3_resume.pt")
     assert all(torch.equal(state["model"][k], state["averaged"][k]) for k in state["model"])  # no averaging
     before = contents(tmp_path)
-    _, err = run(tmp_path, "train_score.py", recipe + " --lr 1e30 --epochs 50", code=2)
+    _, err = run(tmp_path, "train_score.py", recipe + " --lr 100 --epochs 50", code=2)
     assert (
         "diverged" in err.splitlines()[-1]
         and err.splitlines()[-1].startswith("train_score.py: error")
@@ -234,7 +467,7 @@ def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good
 
 
 def test_a_loss_that_climbs_is_a_divergence_before_it_is_infinite():
-    training = train_score.Training(ScoreModel("cnn3", 0.1, 0.1), [], 100, 10, {})
+    training = train_score.Training("any", ScoreModel("cnn3", 0.1, 0.1), [], 100, 10, {})
     training.losses, training.step = [[10, 3.0], [20, 0.3]], 30
     training.loss_sum.fill_(29.0)
     assert abs(training.mean_loss() - 2.9) < 1e-6
@@ -247,8 +480,22 @@ def test_a_loss_that_climbs_is_a_divergence_before_it_is_infinite():
     "line, words",
     [
         ("--data nowhere", ["nowhere"]),
-        ("--data samples --sigma-min 0", ["0 <"]),
-        ("--data samples --sigma-max 0.001", ["0.001"]),
+        ("--data samples --sigma-min 0", ["--sigma-min", "1e-06"]),
+        ("--data samples --sigma-max 0.001", ["--sigma-max", "0.005", "0.001"]),
+        ("--data samples --sigma-max inf", ["--sigma-max", "inf"]),
+        ("--data samples --network cnn3", ["cnn3", "one noise level"]),
+        ("--data samples --val-sigmas 0.1 nan", ["--val-sigmas", "nan"]),
+        ("--data samples --val-sigmas 30", ["--val-sigmas", "30"]),
+        ("--data samples --seed -1", ["--seed", "-1"]),
+        ("--data samples --seed 18446744073709551616", ["--seed"]),
+        ("--data samples --lr 1e308", ["--lr", "1e+308"]),
+        ("--data samples --lr nan", ["--lr", "nan"]),
+        ("--data samples --device mkldnn", ["mkldnn"]),
+        ("--data samples --widths 2048 2048 2048 --blocks 100 100 100", ["2048", "5e8"]),
+        ("--data samples --name ..", ["--name"]),
+        ("--data samples --name " + "x" * 101, ["--name"]),
+        ("--data samples --name " + "\u4e2d" * 100, ["too long"]),
+        ("--data samples --init nowhere.pt", ["nowhere.pt"]),
         ("--data samples --network transformer", ["transformer"]),
         ("--data samples --blocks 1 2", ["1, 2"]),
         ("--data samples --name a/b", ["--name", "a/b"]),

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import pickle
+import signal
 import tarfile
 import threading
 import types
@@ -265,6 +266,15 @@ def test_one_process_at_a_time_writes_a_name_and_leftovers_go(tmp_path):
         (path.parent / ".net_resume_12345678.pt").touch()
     with utils.only_process(path):
         assert {p.name for p in path.parent.iterdir()} == {".net.lock", ".net_resume_12345678.pt"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_is_noted_and_nothing_is_cut(number):
+    before = signal.getsignal(number)
+    with utils.stop_signals() as stop:
+        signal.raise_signal(number)
+        assert stop == [number]
+    assert signal.getsignal(number) is before
 
 
 def test_a_disk_that_is_full_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
