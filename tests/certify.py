@@ -146,6 +146,24 @@ def certify_jacobian(model, y, x0, sigma, probes=64):
     return {"sampler, network calls": f"`expected_error`, {probes} probes"} | inside
 
 
+def summary(found):
+    """Return a row for each sampler from {sigma: (rows of the network, rows of the field)}: the table of the README."""
+    middle, table = list(found)[len(found) // 2], []
+    for k, first in enumerate(next(iter(found.values()))[0]):
+        row = {"sampler, network calls": first["sampler, network calls"]}
+        for sigma, (network, _) in found.items():
+            error, uncertainty = (network[k].get(column, "") for column in ("error of a draw", "±"))
+            words = f"{error:.3f}" if error else ""
+            row[f"error at {sigma:g}"] = f"{words} ± {uncertainty:.3f}" if uncertainty else words
+        fields = found[middle][1]
+        row[f"of the field, {middle:g}"] = fields[k].get("error of a draw", "") if k < len(fields) else ""
+        for sigma, (network, _) in found.items():
+            shares = [network[k].get(f"in {share}", "") for share in ("50%", "90%")]
+            row[f"50 %, 90 % at {sigma:g}"] = ", ".join(f"{share:.3f}" for share in shares if share)
+        table.append(row)
+    return table
+
+
 def blur(x):
     """Blur images by a Gaussian of 1 pixel, mirrored at the edges."""
     kernel = torch.exp(-(torch.arange(-4.0, 5) ** 2) / 2).to(x)
@@ -267,15 +285,18 @@ def main():
     utils.check(DRAWS >= 2 and FEW_DRAWS >= 2, "DRAWS", (DRAWS, FEW_DRAWS), "must be at least 2")
     device = utils.pick_device(DEVICE)
     model = read_model(CHECKPOINT, device, PRECISION, SIGMAS)
+    found = {}
     for sigma in SIGMAS:
         y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, sigma, SEED, device)
         field, denoiser = gaussian_field(y.shape, SEED, device)
         noise = torch.randn(field.shape, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
         print(f"\n{len(y)} images at sigma {sigma:g}, {DRAWS} draws each ({FEW_DRAWS} with more than {FEW_CALLS} calls)")
-        rows = certify(model, y, x0, sigma, model.sigma_min)
-        print(utils.table([*rows, certify_jacobian(model, y, x0, sigma)]), flush=True)
+        rows = certify(model, y, x0, sigma, model.sigma_min) + [certify_jacobian(model, y, x0, sigma)]
+        print(utils.table(rows), flush=True)
         print(f"\na Gaussian random field at sigma {sigma:g}")
-        print(utils.table(certify(denoiser, field + sigma * noise, field, sigma, model.sigma_min)), flush=True)
+        found[sigma] = rows, certify(denoiser, field + sigma * noise, field, sigma, model.sigma_min)
+        print(utils.table(found[sigma][1]), flush=True)
+    print(f"\nall of it in short\n{utils.table(summary(found))}", flush=True)
     if OBSERVED:
         _, x0 = read_noisy(INPUT, DATA_DIR, OBSERVED, SIGMA_Y, SEED, device)
         print(f"\n{OBSERVED} images observed with noise of {SIGMA_Y:g}, from pure noise in 30 levels")

@@ -108,7 +108,7 @@ def networks(tmp_path_factory):
         (
             "certify.py",
             "--sigmas 0.1 --draws 3 --few-draws 2 --observed 2",
-            "exact|`adams`, 20|annealed_langevin|Gaussian random field|half size",
+            "exact|`adams`, 20|annealed_langevin|Gaussian random field|half size|error at 0.1",
             ["forgetting", "dial"],
         ),
     ],
