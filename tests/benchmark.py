@@ -152,10 +152,10 @@ def plot_langevin(path, recipe, model, y, x0, end=0.04):
         sde.langevin(denoiser, y, SIGMA, max(2, round(end / size)), size, temperature, noise)
         best = f"best {max(curve):.2f} dB, after {np.argmax(curve)} updates"
         axes.plot(size * np.arange(len(curve)), curve, label=f"{label}: {best}", **style)
-    for label, network, height in (("three layers in one step", recipe, -12), ("U-Net in one step", model, 5)):
+    for label, network in (("three layers in one step", recipe), ("U-Net in one step", model)):
         value = utils.psnr(network(y, SIGMA), x0).mean().item()
         axes.axhline(value, color="grey", linewidth=1)
-        axes.annotate(f"{label}: {value:.2f} dB", (end, value), (0, height), textcoords="offset points", ha="right", fontsize=8)
+        axes.annotate(f"{label}: {value:.2f} dB", (end, value), (0, -11), textcoords="offset points", ha="right", fontsize=8)
     axes.set(xlabel="step size × updates", ylabel="PSNR, dB")
     axes.set_title(
         f"Plain Langevin first denoises, then forgets the picture ($\\sigma$ = {SIGMA:g}, {len(y)} images)", fontsize=10
