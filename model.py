@@ -207,9 +207,9 @@ class ScoreModel(nn.Module):
 
         x: (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma, in units of [0, 1]: a number, or one for each image
         as a tensor, array or list of B values in any shape.
-        Raises ValueError if x is not such a tensor of float32 or float64, or sigma has another number of values.
+        Raises ValueError if x is not such a tensor of float32 or float64, or sigma has another number of values or is negative.
         """
-        if x.dtype not in (torch.float32, torch.float64) or x.ndim != 4 or x.shape[1] != 3:
+        if x.dtype not in (torch.float32, torch.float64) or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
             raise ValueError(f"expected (B, 3, H, W) of float32 or float64, not {tuple(x.shape)} of {x.dtype}")
         s = _per_image(sigma, x)
         if self.config["network"] == "cnn3":
@@ -244,6 +244,8 @@ def _check_shape(widths, blocks, attention):
 
 def _per_image(sigma, x):  # -> (B, 1, 1, 1) like x
     if isinstance(sigma, (int, float)):  # filled in on the device: to copy a number there would make a GPU wait
+        if not 0 <= sigma <= 1e18:  # beyond, its square is not a float32
+            raise ValueError(f"a noise level must not be negative, or above 1e18: {sigma}")
         sigma = torch.full((), sigma, dtype=x.dtype, device=x.device)
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     if sigma.numel() not in (1, len(x)):
