@@ -36,7 +36,12 @@ words = st.text(max_size=8) | st.sampled_from(
     ["", ".", "..", "/", "a/b", "none", "nan", "auto", "x" * 300, "\0", "-", "--", "é", "%s"]
 )
 anything = st.recursive(
-    st.none() | st.booleans() | numbers | integers | words | st.builds(torch.full, st.just((2,)), numbers),
+    st.none()
+    | st.booleans()
+    | numbers
+    | integers
+    | words
+    | numbers.map(lambda fill: torch.full((2,), fill, dtype=torch.float64).float()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=2),
     max_leaves=4,
 )

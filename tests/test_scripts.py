@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import os
+import random
 import resource
 import runpy
 import shutil
@@ -90,10 +91,18 @@ def contents(folder):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder in which a small network was trained on 300 patches of the samples, and those patches as patches.npy."""
+def patches(tmp_path_factory):
+    """The path of 300 patches of the samples."""
+    path = tmp_path_factory.mktemp("patches") / "patches.npy"
+    np.save(path, utils.read_patches("samples")[:300].permute(0, 2, 3, 1).numpy())
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(patches, tmp_path_factory):
+    """A folder in which a small network was trained on the patches, and those patches."""
     folder = tmp_path_factory.mktemp("trained")
-    np.save(folder / "patches.npy", utils.read_patches("samples")[:300].permute(0, 2, 3, 1).numpy())
+    shutil.copy(patches, folder)
     out, err = call(folder, "train_score.py", f"--data patches.npy --test patches.npy {SMALL}")
     assert "step 115 of 118: loss" in out and "epoch 2: validation PSNR" in out and "dB at 0.1" in out and err == ""
     return folder
@@ -126,19 +135,21 @@ def test_the_curves_are_a_table_too(trained):
     assert list(rows) == sorted(rows) and rows[118]["images"] == "472" and rows[118]["loss"] == ""
 
 
-def test_training_interrupted_and_resumed_gives_the_same_weights(trained, tmp_path):
-    line = f"--data {trained / 'patches.npy'} {SMALL} --save-minutes 0.0001"
-    process = start(tmp_path, "train_score.py", line)
-    resume = tmp_path / "checkpoints" / "score_resume.pt"
-    while process.poll() is None and not (resume.exists() and load_checkpoint(resume)["step"] > 60):  # in epoch 2
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 130 and "run the same command to go on" in out, out + err
-    step = load_checkpoint(resume)["step"]
-    assert 60 < step < 118
-    out, _ = call(tmp_path, "train_score.py", line)
-    assert f"from step {step}" in out and same_weights(tmp_path, trained)
+def test_ended_at_any_moment_a_training_goes_on_as_if_it_had_not(trained, patches, tmp_path):
+    # FUZZ=130 ends it 43 times. A fork has all modules loaded, and saves at every step.
+    line, rng = f"--data {patches} {SMALL} --save-minutes 0", random.Random(0)
+    for k in range(int(os.environ.get("FUZZ", 9)) // 3):
+        if not (process := os.fork()):
+            with contextlib.suppress(BaseException):
+                run(tmp_path, "train_score.py", line)
+            os._exit(0)
+        time.sleep(rng.uniform(0.1, 1.0))
+        os.kill(process, (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[k % 3])
+        os.waitpid(process, 0)
+    run(tmp_path, "train_score.py", line)
+    assert same_weights(tmp_path, trained)
+    names = {path.name for folder in ("checkpoints", "figures") for path in (tmp_path / folder).iterdir()}
+    assert names == {".score.lock", "score.pt", "score_resume.pt", "score_training.png", "score_training.csv"}
 
 
 def same_weights(*folders):
@@ -157,12 +168,12 @@ def stopping(monkeypatch):
     return stop
 
 
-def test_a_training_stopped_twice_ends_as_if_it_had_not(trained, tmp_path, stopping):
-    line = f"--data {trained / 'patches.npy'} {SMALL}"
+def test_a_training_stopped_twice_ends_as_if_it_had_not(trained, patches, tmp_path, stopping):
+    line = f"--data {patches} {SMALL}"
     for steps, total in ((7, 7), (0, 7), (56, 63)):  # between two losses that are logged, and four steps into epoch 2
         stopping(steps)
         out, _ = run(tmp_path, "train_score.py", line, code=130)
-        assert f"stopped after step {total} of 118" in out
+        assert f"stopped after step {total} of 118" in out and "run the same command to go on" in out
     path = tmp_path / "checkpoints" / "score_resume.pt"
     utils.save_checkpoint(path, load_checkpoint(path) | {"seconds": 1000.0})
     stopping(10**9)
@@ -180,12 +191,12 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def test_a_training_is_its_recipe(trained, tmp_path):
+def test_a_training_is_its_recipe(patches, tmp_path):
     # The same three steps by hand, with every number another than its default.
     line = "--widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.02 --sigma-max 2 --tails 0.1 --batch-size 4 --epochs 1 "
     line += "--lr 0.02 --warmup 2 --decay 0.5 --clip 0.1 --ema 0.3 --seed 5 --val-images 288 --val-sigmas 0.1 --log-steps 2 "
-    run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {line} --device cpu --precision float32")
-    images = torch.from_numpy(np.load(trained / "patches.npy")[:12]).permute(0, 3, 1, 2)
+    run(tmp_path, "train_score.py", f"--data {patches} {line} --device cpu --precision float32")
+    images = torch.from_numpy(np.load(patches)[:12]).permute(0, 3, 1, 2)
     torch.manual_seed(5)
     model = ScoreModel("unet", 0.02, 2.0, (32, 32), (1, 1), (0, 1))
     optimizers, averaged, losses = train_score.make_optimizers(model, "muon", 1.0), copy.deepcopy(model), []
@@ -206,7 +217,7 @@ def test_a_training_is_its_recipe(trained, tmp_path):
     for name, average in averaged.state_dict().items():
         torch.testing.assert_close(state["averaged"][name], average)
     assert state["losses"][0][0] == 2 and abs(state["losses"][0][1] / np.mean(losses[:2]) - 1) < 1e-6
-    val = torch.from_numpy(np.load(trained / "patches.npy")[12:]).permute(0, 3, 1, 2)
+    val = torch.from_numpy(np.load(patches)[12:]).permute(0, 3, 1, 2)
     expected = train_score.validate(load_model(tmp_path / "checkpoints" / "score.pt"), val, (0.1,))
     assert abs(state["psnrs"][0][1][0.1] - expected[0.1]) < 1e-4
 
@@ -234,10 +245,10 @@ def torchrun(folder, line):
     return subprocess.Popen([*command, *line.split()], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_two_processes_equal_one_which_goes_on_where_they_stopped(trained, tmp_path, stopping):
+def test_two_processes_equal_one_which_goes_on_where_they_stopped(patches, tmp_path, stopping):
     # 26 images in batches of 5, so of 3 and 2 to a process, and one image in the last.
     # Adam, since Muon's own arithmetic is in bfloat16, and tells roundings apart by 1e-2.
-    line = f"--data {trained / 'patches.npy'} {TWO} --optimizer adam --epochs 4"
+    line = f"--data {patches} {TWO} --optimizer adam --epochs 4"
     process = torchrun(tmp_path, line)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0 and out.count("epoch 4: validation") == 1, out + err
@@ -258,8 +269,8 @@ def far_apart(*folders):
     return (apart / moved).sqrt().item()
 
 
-def test_a_signal_to_one_process_stops_both(trained, tmp_path):
-    process = torchrun(tmp_path, f"--data {trained / 'patches.npy'} {TWO} --epochs 10000 --save-minutes 0.0001")
+def test_a_signal_to_one_process_stops_both(patches, tmp_path):
+    process = torchrun(tmp_path, f"--data {patches} {TWO} --epochs 10000 --save-minutes 0.0001")
     resume = tmp_path / "checkpoints" / "score_resume.pt"
     while process.poll() is None and not resume.exists():
         time.sleep(0.05)
@@ -312,19 +323,21 @@ def test_half_of_the_images_are_flipped_left_to_right():
     assert all(torch.equal(drawn(images, s, flip=False)[0], images[train_score.epoch_order(4, 0, s)] / 255) for s in range(9))
 
 
-def test_every_seed_has_its_own_order_levels_and_noise():
+def test_every_seed_has_its_own_order_flips_levels_and_noise():
     images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
     for first, second in zip(drawn(images, 5, seed=0), drawn(images, 5, seed=1)):
         assert not torch.equal(first, second)
+    alike = torch.arange(16).byte().view(1, 1, 4, 4).expand(64, 3, -1, -1)  # so that flips alone tell batches apart
+    assert len({drawn(alike, 5, seed=seed)[0].numpy().tobytes() for seed in range(9)}) > 3
     for first, second in zip(drawn(images, 5), drawn(images, 5)):
         assert torch.equal(first, second)
 
 
-def test_the_first_step_is_one_learning_rate_of_adam_and_most_of_it_enters_the_average(trained, tmp_path):
+def test_the_first_step_is_one_learning_rate_of_adam_and_most_of_it_enters_the_average(patches, tmp_path):
     # Adam's first step moves each weight by the learning rate, here at a quarter of its rise and not fallen yet;
     # the first average keeps a tenth of the start.
     line = "--network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --lr 1e-3 --warmup 4 --decay 1 --epochs 1"
-    run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {line} --batch-size 236 --val-images 64 --device cpu")
+    run(tmp_path, "train_score.py", f"--data {patches} {line} --batch-size 236 --val-images 64 --device cpu")
     torch.manual_seed(train_score.SEED)
     before = ScoreModel("cnn3", 0.1, 0.1).state_dict()
     state = load_checkpoint(tmp_path / "checkpoints" / "score_resume.pt")
@@ -353,14 +366,14 @@ def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path
     refuses(tmp_path, "train_score.py", line, "score.pt", "--name")
 
 
-def test_an_end_cut_between_its_files_is_completed_by_the_next_start(trained, tmp_path):
+def test_an_end_cut_between_its_files_is_completed_by_the_next_start(trained, patches, tmp_path):
     for name in ("score.pt", "score_resume.pt"):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / name).write_bytes((trained / "checkpoints" / name).read_bytes())
     network = tmp_path / "checkpoints" / "score.pt"
     for old in (None, b"cut short"):
         network.unlink() if old is None else network.write_bytes(old)
-        out, _ = run(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL}")
+        out, _ = run(tmp_path, "train_score.py", f"--data {patches} {SMALL}")
         assert "from step 118" in out and same_weights(tmp_path, trained)
 
 
@@ -391,7 +404,7 @@ def test_the_network_that_is_kept_is_the_average(trained):
         (["made_with", "--of-another-version"], 1),
     ],
 )
-def test_what_no_training_can_go_on_from_is_refused(trained, tmp_path, refuses, path, value):
+def test_what_no_training_can_go_on_from_is_refused(trained, patches, tmp_path, refuses, path, value):
     state = load_checkpoint(trained / "checkpoints" / "score_resume.pt")
     part = state
     for key in path[:-1]:
@@ -399,17 +412,17 @@ def test_what_no_training_can_go_on_from_is_refused(trained, tmp_path, refuses, 
     part[path[-1]] = value
     utils.save_checkpoint(tmp_path / "checkpoints" / "score_resume.pt", state)
     (tmp_path / "figures").mkdir()
-    refuses(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL} --epochs 3", "score_resume.pt", "--name")
+    refuses(tmp_path, "train_score.py", f"--data {patches} {SMALL} --epochs 3", "score_resume.pt", "--name")
 
 
 @pytest.mark.parametrize("where", ["checkpoints", "figures", "figures/score_training.png", "figures/score_training.csv"])
-def test_what_cannot_be_written_is_found_before_the_first_step(trained, tmp_path, refuses, where):
+def test_what_cannot_be_written_is_found_before_the_first_step(patches, tmp_path, refuses, where):
     path = tmp_path / where
     if path.suffix:
         path.mkdir(parents=True)
     else:
         path.write_text("a file")
-    refuses(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL}", where, "cannot be written")
+    refuses(tmp_path, "train_score.py", f"--data {patches} {SMALL}", where, "cannot be written")
 
 
 def test_a_disk_that_fills_up_leaves_the_old_files(trained, tmp_path, refuses):
@@ -424,9 +437,9 @@ def test_a_disk_that_fills_up_leaves_the_old_files(trained, tmp_path, refuses):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_one_training_at_a_time_has_a_name(trained, tmp_path, refuses):
+def test_one_training_at_a_time_has_a_name(patches, tmp_path, refuses):
     with utils.only_process(tmp_path / "checkpoints" / "score.pt", tmp_path / "figures" / "score_training.png"):
-        refuses(tmp_path, "train_score.py", f"--data {trained / 'patches.npy'} {SMALL}", "another process", "score.pt")
+        refuses(tmp_path, "train_score.py", f"--data {patches} {SMALL}", "another process", "score.pt")
 
 
 def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
@@ -437,8 +450,8 @@ def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
     assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
 
-def test_training_starts_from_a_checkpoint(trained, tmp_path, refuses):
-    start_from = f"--data {trained / 'patches.npy'} {SMALL} --init {trained / 'checkpoints' / 'score.pt'}"
+def test_training_starts_from_a_checkpoint(trained, patches, tmp_path, refuses):
+    start_from = f"--data {patches} {SMALL} --init {trained / 'checkpoints' / 'score.pt'}"
     run(tmp_path, "train_score.py", start_from + " --epochs 1 --lr 1e-9")
     before, after = (load_model(folder / "checkpoints" / "score.pt") for folder in (trained, tmp_path))
     for old, new in zip(before.parameters(), after.parameters()):
@@ -447,9 +460,9 @@ def test_training_starts_from_a_checkpoint(trained, tmp_path, refuses):
     refuses(tmp_path, "train_score.py", start_from.replace("--blocks 1 1", "--blocks 1 2") + " --name other", "--init", "(1, 2)")
 
 
-def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good_state(trained, tmp_path):
+def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good_state(patches, tmp_path):
     recipe = (
-        f"--data {trained / 'patches.npy'} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --warmup 0 "
+        f"--data {patches} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --warmup 0 "
         "--decay 0 --ema 0 --batch-size 64 --val-images 64 --log-steps 1 --device cpu --name cnn3"
     )
     run(tmp_path, "train_score.py", recipe + " --lr 1e-4 --epochs 1")
