@@ -651,7 +651,7 @@ def ssim(images, x0):
 # -----------------------------------------------------------------------------
 
 
-def over_tiles(function, x, pixels, bar=None, halo=96):
+def over_tiles(function, x, pixels, bar=None, halo=64):
     """Return function(x), computed in tiles of about `pixels` pixels where x (B, C, H, W) has more, and move a progress bar.
 
     function: from (B, C, h, w) to (B, any, h, w). Each tile sees `halo` pixels around it, about the network's reach, and starts
@@ -672,7 +672,7 @@ def over_tiles(function, x, pixels, bar=None, halo=96):
     return out
 
 
-def tiled(denoiser, pixels, bar=None, halo=96):
+def tiled(denoiser, pixels, bar=None, halo=64):
     """Return a denoiser that works in tiles: see over_tiles."""
     return lambda x, sigma: over_tiles(lambda part: denoiser(part, sigma), x, pixels, bar, halo)
 
