@@ -116,16 +116,6 @@ def draw_batch(images, step, batch_size, flip, law, seed):
     return x0, law(u), torch.randn(x0.shape, device=x0.device, generator=rng)
 
 
-def share(batch, rank, world):
-    """Return a process's part of the tensors of a batch, and the weight of its mean in that of the batch.
-
-    Where nothing is left for a process, it gets an image of another's, with weight zero.
-    """
-    count = len(batch[0])
-    mine = slice(rank, None, world) if rank < count else slice(1)
-    return [part[mine] for part in batch], len(range(rank, count, world)) / count
-
-
 @functools.lru_cache(maxsize=1)
 def epoch_order(count, seed, epoch):
     return torch.randperm(count, generator=generator(seed, 0, epoch, "cpu"))
@@ -307,12 +297,6 @@ def check_constants():
         utils.check(low <= globals()[name] <= high, name, globals()[name], f"must lie between {low} and {high}")
     utils.check(re.fullmatch(r"\w[\w.-]{0,99}", NAME), "NAME", repr(NAME), "must be up to 100 letters, digits, '.', '-' and '_'")
     utils.check(OPTIMIZER in ("muon", "adam"), "OPTIMIZER", OPTIMIZER, "must be muon or adam")
-    positive = all(0 < sigma < math.inf for sigma in VAL_SIGMAS) and val_sigmas()
-    utils.check(positive, "VAL_SIGMAS", VAL_SIGMAS, f"must be positive, one of them from {SIGMA_MIN} to {SIGMA_MAX}")
-
-
-def val_sigmas():
-    return [sigma for sigma in VAL_SIGMAS if SIGMA_MIN <= sigma <= SIGMA_MAX]
 
 
 def read_data(device):
@@ -351,6 +335,9 @@ def main():
     check_constants()
     device, (rank, world) = utils.pick_device(DEVICE), utils.join_processes()
     utils.check(world <= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"must be at least {world}, an image for each process")
+    sigmas = [sigma for sigma in VAL_SIGMAS if SIGMA_MIN <= sigma <= SIGMA_MAX]
+    words = f"must be positive, at least one from {SIGMA_MIN} to {SIGMA_MAX}"
+    utils.check(sigmas and all(0 < sigma < math.inf for sigma in VAL_SIGMAS), "VAL_SIGMAS", VAL_SIGMAS, words)
     torch.manual_seed(SEED)
     bfloat16 = utils.pick_bfloat16(PRECISION, device)
     model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, bfloat16).to(device)
@@ -370,20 +357,20 @@ def main():
         with tqdm(total=EPOCHS * len(train), unit="img", unit_scale=True, disable=rank > 0 or None) as bar:  # on a terminal
             bar.initial = bar.n = training.images_seen
             while training.step < steps and not utils.any_process(stop):
-                batch, weight = share(draw_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED), rank, world)
+                batch, weight = utils.share(draw_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED), rank, world)
                 training.learn(batch, weight, learning_rate(training.step, steps, LR, WARMUP, DECAY), CLIP, EMA)
                 bar.update(training.images_seen - bar.n)
                 if training.step % LOG_STEPS == 0:
                     bar.set_postfix(loss=f"{training.log_loss():.4f}")
                     say(f"step {training.step} of {steps}: loss {training.losses[-1][1]:.4f}") if bar.disable else None
                 if training.step % epoch_steps == 0 and rank == 0:
-                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, val_sigmas())])
+                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, sigmas)])
                     say(f"epoch {training.step // epoch_steps}: validation {in_words(psnr)}")
                     training.draw()
                 if time.perf_counter() - training.saved > 60 * SAVE_MINUTES and rank == 0:
                     training.save(info)
             if training.step >= steps and test is not None and rank == 0:
-                info["test_psnr"] = validate(training.averaged, test, val_sigmas())
+                info["test_psnr"] = validate(training.averaged, test, sigmas)
                 say(f"test {in_words(info['test_psnr'])}")
             if rank == 0:
                 training.save(info)

@@ -199,6 +199,16 @@ def any_process(condition):
     return flag.item() > 0
 
 
+def share(batch, rank, world):
+    """Return a process's part of the tensors of a batch, and the weight of its mean in that of the batch.
+
+    Where nothing is left for a process, it gets an image of another's, with weight zero.
+    """
+    count = len(batch[0])
+    mine = slice(rank, None, world) if rank < count else slice(1)
+    return [part[mine] for part in batch], len(range(rank, count, world)) / count
+
+
 def first_alone(rank, work):
     """Return work(), which the first process does before the others: it may have to download."""
     if rank > 0:

@@ -283,7 +283,7 @@ def test_a_signal_to_one_process_stops_both(patches, tmp_path):
 def test_shares_of_a_batch_weigh_as_much_as_they_hold():
     batch = [torch.arange(5.0) ** 2, torch.arange(5.0)]
     for world in (1, 2, 3, 5, 7):
-        shares = [train_score.share(batch, rank, world) for rank in range(world)]
+        shares = [utils.share(batch, rank, world) for rank in range(world)]
         assert abs(sum(weight * parts[0].mean() for parts, weight in shares) - batch[0].mean()) < 1e-6
         assert all(torch.equal(parts[0], parts[1] ** 2) and len(parts[0]) for parts, _ in shares)
         assert max(len(parts[0]) for parts, _ in shares) == math.ceil(5 / world)
