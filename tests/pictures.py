@@ -79,7 +79,7 @@ def photograph_rows(model, sigmas, seed):
     return rows
 
 
-def codec_rows(model, sigmas, seed, size=192):
+def codec_rows(model, sigmas, seed, size=128):
     """Return a row for each level and file format: PSNR with the level found, beside the best that any level gives."""
     rows = []
     for sigma in sigmas:
