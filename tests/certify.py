@@ -210,10 +210,10 @@ def study_forgetting(path, model, y, x0, sigma):
     noise = lambda: sde.seeded_noise(range(SEED, SEED + len(y)), y.device)  # noqa: E731
     plain, repeats = [], (0, 1, 2, 4, 8, 16)
     sde.langevin(watched(model, lambda x: plain.append(relative(x))), y, sigma, 400, noise=noise())
-    lines = [("plain Langevin (the recipe)", range(len(plain)), plain, {"color": "#D55E00", "linestyle": "--"}, (160, 0.75))]
+    lines = [("plain Langevin (the recipe)", range(len(plain)), plain, {"color": "#D55E00", "linestyle": "--"}, (406, 2.75))]
     for label, observe, style, place in (
-        ("corrections as published", False, {"color": "#CC79A7", "marker": "s"}, (60, 1.15)),
-        ("corrections with the pull of y", True, {"color": "#0072B2", "marker": "o"}, (215, 1.06)),
+        ("corrections as published", False, {"color": "#CC79A7", "marker": "s"}, (332, 5.8)),
+        ("corrections with the pull of y", True, {"color": "#0072B2", "marker": "o"}, (332, 1.74)),
     ):
         results = [sde.predictor_corrector(model, y, levels, c, observe=observe, noise=noise()) for c in repeats]
         lines.append((label, [20 + 19 * c for c in repeats], [relative(x) for x in results], style, place))
@@ -225,22 +225,24 @@ def study_forgetting(path, model, y, x0, sigma):
             calls,
             [relative(x) for x in results],
             {"color": "#009E73", "marker": "^"},
-            (200, 0.9),
+            (332, 1.48),
         )
     )
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for label, x, values, style, (place, factor) in lines:
+    for label, x, values, style, place in lines:
         axes.plot(x, values, markersize=4, **style)
-        nearest = min(range(len(x)), key=lambda i: abs(x[i] - place))
-        axes.annotate(label, (place, values[nearest] * factor), color=style["color"], fontsize=8)
+        axes.annotate(label, place, color=style["color"], fontsize=8)
     axes.axhline(2, color="black", linewidth=1, linestyle=":")
-    axes.annotate(
-        "posterior draws (below: too little scatter)", (398, 2), (0, 3), textcoords="offset points", ha="right", fontsize=8
-    )
     axes.axhline(1, color="black", linewidth=1)
-    axes.annotate("one step", (398, 1), (0, 3), textcoords="offset points", ha="right", fontsize=8)
-    axes.set(xlabel="network calls", ylabel="squared error / that of one step", yscale="log", xlim=(0, 400), ylim=(0.9, 16))
+    axes.annotate("one step", (406, 1.03), fontsize=8)
+    axes.set(
+        xlabel="network calls",
+        ylabel="squared error / that of one step\n(2: a posterior draw; less: too little scatter)",
+        yscale="log",
+        xlim=(0, 540),
+        ylim=(0.9, 16),
+    )
     axes.set_yticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
     axes.minorticks_off()
     axes.set_title(f"What forgets the observation and what keeps it ($\\sigma$ = {sigma:g}, {len(y)} images)", fontsize=10)
