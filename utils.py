@@ -125,7 +125,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # a GPU for each process
     try:
-        torch.zeros(1, device=name).cpu()  # "meta" has no values
+        with warnings.catch_warnings(action="ignore"):  # of devices that are going out of use
+            torch.zeros(1, device=name).cpu()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from None
     return torch.device(name)

@@ -1,6 +1,7 @@
 """The network's arithmetic, and the loss, against closed forms."""
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -276,8 +277,10 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="model.pt.*damaged"):
             load_model(path)
-    with pytest.raises(ValueError, match="not a file"):
-        load_model(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="not a file"):
+            load_model(path)
 
 
 class Command:

@@ -460,6 +460,13 @@ def test_training_starts_from_a_checkpoint(trained, patches, tmp_path, refuses):
     refuses(tmp_path, "train_score.py", start_from.replace("--blocks 1 1", "--blocks 1 2") + " --name other", "--init", "(1, 2)")
 
 
+@pytest.mark.parametrize("info", [{}, {"images_seen": "many", "hours": 1.0}, {"images_seen": 1, "hours": 1.0, "earlier": 5}])
+def test_a_checkpoint_without_its_story_starts_no_training(tmp_path, refuses, info):
+    model = ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1))
+    utils.save_checkpoint(tmp_path / "net.pt", {"config": model.config, "weights": model.state_dict(), "info": info})
+    refuses(tmp_path, "train_score.py", f"--data samples {SMALL} --init net.pt", "--init", "net.pt")
+
+
 def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good_state(patches, tmp_path):
     recipe = (
         f"--data {patches} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --warmup 0 "
@@ -567,6 +574,7 @@ def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
     expected = sampler(model, y=y, noise=seeded(y)) if method != "mmse" else sampler(model, y, None)
     torch.testing.assert_close(torch.stack([job.results[method][0][0] for job in jobs]), expected)
     assert jobs[0].results[method][1] == calls == len(jobs[0].frames) and jobs[1].frames == []
+    torch.testing.assert_close(torch.stack([job.results["mmse"][0][0] for job in jobs]), model(y, 0.1))
     sigma, state, estimate = jobs[0].frames[0]
     assert abs(sigma / 0.1 - 1) < 1e-6
     torch.testing.assert_close(state, utils.crop(y[0], 256), rtol=1e-5, atol=1e-5)
@@ -623,9 +631,18 @@ def test_the_noise_can_be_held_while_the_draw_changes(trained, monkeypatch):
         job = read_jobs(model)[0]
         return job.y, (job.seed(0), job.seed(1))
 
-    (y, seeds), (y_same, seeds_other), (y_other, _) = (seeds_and_noise(*pair) for pair in ((0, 0), (0, 7), (1, 0)))
+    (y, seeds), (y_same, others), (y_other, of_others) = (seeds_and_noise(*pair) for pair in ((0, 0), (0, 7), (1, 0)))
     assert torch.equal(y, y_same) and not torch.equal(y, y_other)
-    assert len({*seeds, *seeds_other}) == 4
+    assert len({*seeds, *others, *of_others}) == 6
+
+
+def test_levels_go_as_far_as_texture_and_as_rho_says(trained, monkeypatch):
+    for name, value in {"SIGMA": 0.2, "TEXTURE": 0.5, "RHO": 3.0, "STEPS": 6, "COUNT": 2}.items():
+        monkeypatch.setattr(denoise, name, value)
+    jobs = read_jobs(load_model(trained / "checkpoints" / "score.pt"))
+    assert [job.picture.name for job in jobs] == list(utils.SAMPLES[:2])
+    for job in jobs:
+        torch.testing.assert_close(job.levels, sde.noise_levels(0.2, (0.2 * 0.01) ** 0.5, 6, 3.0))
 
 
 def test_a_large_picture_in_tiles_is_the_picture_in_one_piece(trained):
