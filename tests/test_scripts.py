@@ -605,17 +605,6 @@ def test_a_run_writes_what_it_did(trained, tmp_path):
     assert not (tmp_path / "bare" / "frames").exists()
 
 
-def test_each_option_reaches_the_levels(trained, monkeypatch):
-    model = load_model(trained / "checkpoints" / "score.pt")
-    for name, value in {"SIGMA": 0.2, "TEXTURE": 0.5, "RHO": 3.0, "STEPS": 6, "COUNT": 2}.items():
-        monkeypatch.setattr(denoise, name, value)
-    jobs = read_jobs(model)
-    stop = (0.2 * model.sigma_min) ** 0.5  # sigma^(1 - texture) lowest^texture
-    assert len(jobs) == 2
-    for job in jobs:
-        torch.testing.assert_close(job.levels, sde.noise_levels(0.2, stop, 6, rho=3.0))
-
-
 def test_a_draw_has_a_seed_of_its_pixels_and_its_number():
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     jobs = [denoise.Job(None, image, None, LEVELS) for image in (*images, images[0].clone())]
