@@ -451,12 +451,16 @@ def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
 
 
 def test_training_starts_from_a_checkpoint(trained, patches, tmp_path, refuses):
-    start_from = f"--data {patches} {SMALL} --init {trained / 'checkpoints' / 'score.pt'}"
+    kept = load_checkpoint(trained / "checkpoints" / "score.pt")
+    kept["info"]["earlier"] = {"images_seen": 1000, "hours": 2.0}
+    utils.save_checkpoint(tmp_path / "first.pt", kept)
+    start_from = f"--data {patches} {SMALL} --init {tmp_path / 'first.pt'}"
     run(tmp_path, "train_score.py", start_from + " --epochs 1 --lr 1e-9")
     before, after = (load_model(folder / "checkpoints" / "score.pt") for folder in (trained, tmp_path))
     for old, new in zip(before.parameters(), after.parameters()):
         torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
-    assert after.info["earlier"]["images_seen"] == before.info["images_seen"] == 2 * after.info["images_seen"]
+    assert after.info["earlier"]["images_seen"] - 1000 == before.info["images_seen"] == 2 * after.info["images_seen"]
+    assert abs(after.info["earlier"]["hours"] - 2 - before.info["hours"]) < 1e-9
     refuses(tmp_path, "train_score.py", start_from.replace("--blocks 1 1", "--blocks 1 2") + " --name other", "--init", "(1, 2)")
 
 

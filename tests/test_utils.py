@@ -184,6 +184,18 @@ def test_psnr_of_a_known_error():
     assert utils.psnr(x0, x0).tolist() == [float("inf")] * 2
 
 
+def test_ssim_is_the_formula_of_its_authors():
+    # Wang et al. 2004, eq. 13: Gaussian weights of 1.5 pixels in windows of 11 x 11, K1 = 0.01, K2 = 0.03; a mean over channels.
+    x, y = torch.rand(2, 3, 20, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = (g[:, None] * g / g.sum() ** 2)[None, None]
+    mean = lambda a: torch.nn.functional.conv2d(a[:, None], window)  # noqa: E731
+    covariance = lambda a, b: mean(a * b) - mean(a) * mean(b)  # noqa: E731
+    parts = (2 * mean(x) * mean(y) + 0.01**2) * (2 * covariance(x, y) + 0.03**2)
+    parts /= (mean(x) ** 2 + mean(y) ** 2 + 0.01**2) * (covariance(x, x) + covariance(y, y) + 0.03**2)
+    assert abs(utils.ssim(x[None], y[None])[0] - parts.mean().item()) < 1e-6
+
+
 def test_ssim_is_one_for_equal_images_and_falls_with_noise():
     ((_, image),) = utils.read_images("samples")[:1]
     x0, mild, strong = (torch.from_numpy(utils.add_noise([image], s, 0)[0]).permute(2, 0, 1)[None] for s in (0, 0.05, 0.2))
@@ -218,15 +230,16 @@ def test_a_film_keeps_what_the_network_was_asked_and_said():
     assert all(torch.equal(a, b) for a, b in zip(first + second, (middle, middle / 2, middle / 2, middle / 8)))
 
 
-@pytest.mark.parametrize("size", [(100, 131), (64, 64), (200, 70)])
-def test_tiles_cover_the_picture_once(size):
+@pytest.mark.parametrize("side", [64, 150])  # the second would leave tiles of 86 pixels, off the grid
+@pytest.mark.parametrize("size", [(100, 131), (64, 64), (200, 170)])
+def test_tiles_cover_the_picture_once(size, side):
     x, bar = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)), types.SimpleNamespace(n=0)
     bar.update = lambda n: setattr(bar, "n", bar.n + n)
     # A mean over the neighbours, and windows of 32 pixels that a tile must not cut.
     corner = lambda x: x[..., ::32, ::32].repeat_interleave(32, 2).repeat_interleave(32, 3)[..., : x.shape[2], : x.shape[3]]  # noqa: E731
     denoiser = lambda x, sigma: sigma * torch.nn.functional.avg_pool2d(x, 5, 1, 2) + corner(x)  # noqa: E731
     whole = denoiser(x, 0.5)
-    inside = utils.tiled(denoiser, 64 * 64, bar, halo=32)(x, 0.5)
+    inside = utils.tiled(denoiser, side**2, bar, halo=32)(x, 0.5)
     torch.testing.assert_close(inside, whole)
     assert bar.n == 2 * size[0] * size[1]
 
