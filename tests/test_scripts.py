@@ -195,7 +195,9 @@ def test_a_training_is_its_recipe(patches, tmp_path):
     # The same three steps by hand, with every number another than its default.
     line = "--widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.02 --sigma-max 2 --tails 0.1 --batch-size 4 --epochs 1 "
     line += "--lr 0.02 --warmup 2 --decay 0.5 --clip 0.1 --ema 0.3 --seed 5 --val-images 288 --val-sigmas 0.1 --log-steps 2 "
-    run(tmp_path, "train_score.py", f"--data {patches} {line} --device cpu --precision float32")
+    with mock.patch.object(utils, "plot_training") as drawn:
+        run(tmp_path, "train_score.py", f"--data {patches} {line} --device cpu --precision float32")
+    assert drawn.call_count == 2  # after the validation, and at the end
     images = torch.from_numpy(np.load(patches)[:12]).permute(0, 3, 1, 2)
     torch.manual_seed(5)
     model = ScoreModel("unet", 0.02, 2.0, (32, 32), (1, 1), (0, 1))
@@ -583,6 +585,14 @@ def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
     assert abs(sigma / 0.1 - 1) < 1e-6
     torch.testing.assert_close(state, utils.crop(y[0], 256), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(estimate, model(y, 0.1)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_has_one_size_and_one_level(monkeypatch):
+    monkeypatch.setattr(denoise, "BATCH_PIXELS", 3 * 64)
+    kinds = [(8, 0.1)] * 4 + [(8, 0.2), (4, 0.2), (4, 0.2), (8, 0.1)]
+    jobs = [denoise.Job(None, torch.zeros(3, size, 8), None, torch.tensor([level, 0.01])) for size, level in kinds]
+    found = [[next(k for k, other in enumerate(jobs) if other is job) for job in batch] for batch in denoise.batches(jobs)]
+    assert found == [[0, 1, 2], [3], [4], [5, 6], [7]]
 
 
 def test_a_run_writes_what_it_did(trained, tmp_path):
