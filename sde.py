@@ -126,6 +126,8 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
         raise ValueError(f"noise levels must be positive and finite, not sigma {sigma} and sigma_min {sigma_min}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, not {rho}")
     if steps == 1 or sigma <= sigma_min:
         return torch.tensor([sigma], dtype=torch.float64)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -143,7 +145,7 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
 def falling(levels):
     """Return the pairs (t, s) of neighbouring levels as floats; raises ValueError unless they are positive and fall."""
     levels = [float(s) for s in levels]
-    if not all(t > s > 0 for t, s in pairwise([math.inf, *levels])):
+    if not (levels and all(t > s > 1e-100 for t, s in pairwise([math.inf, *levels]))):  # smaller ones have no squares
         raise ValueError(f"noise levels must be finite, positive and falling, not {levels}")
     return list(pairwise(levels))
 
