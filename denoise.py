@@ -4,6 +4,7 @@
     python denoise.py photo.jpg scans/                  # your own noisy pictures: their noise level is estimated
     python denoise.py photo.jpg --sigma 25/255          # or known: standard deviation, for pixels in [0, 1]
     python denoise.py cifar10 --count 1000 --method mmse
+    python denoise.py photo.jpg --mask holes.png        # fill in what is white in the mask; --blur and --enlarge likewise
     python denoise.py --help                            # every constant below is an option
 
 Prints a table and writes the denoised pictures: NAME_mmse has the least error, NAME_sde natural texture, of which the finest
@@ -13,14 +14,18 @@ is invented. For the built-in pictures it adds a figure, an animation, and the f
 import functools
 import itertools
 import math
+import re
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import avg_pool2d, interpolate
+from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 import sde
@@ -36,18 +41,22 @@ OUTPUT = "output"  # folder for all that is written; for one picture also a file
 WHITE = None  # value of white in files of more than 8 bits; none: found, and said
 # noise
 SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise is added, else estimated from the picture
-ADD_NOISE = False  # add noise to your own pictures too, as is always done to "samples" and "cifar10"
+ADD_NOISE = False  # do so, and what is below, to your own pictures too, as is always done to "samples" and "cifar10"
+# what was seen, if it is not the whole picture: one of these at most; SIGMA is then the noise in it, 0.02 unless given
+MASK = "none"  # file of a mask, white where the picture is missing; where noise is added also a share of missing pixels, 0.5
+BLUR = 0.0  # standard deviation, in pixels, of a Gaussian blur to undo
+ENLARGE = 1  # how many times larger to make the picture, both ways
 # method
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
 METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see `methods` for more
 STEPS = None  # noise levels from sigma down to the lowest trained one; none: as many as the method needs for the right law
-RHO = 7.0  # they are even in sigma^(1 / RHO); math.inf: in log sigma
+RHO = None  # they are even in sigma^(1 / RHO), inf: in log sigma; none: 7, and inf for a picture not wholly seen
 TEXTURE = 1.0  # 1 follows the SDE to its end; less stops early, at sigma^(1 - TEXTURE) lowest^TEXTURE; 0 is "mmse"
 SDE = "ve"  # the process of "euler" and "heun": "ve", "vp" or "subvp"
 LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts from
 LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
 # how sure
-DRAWS = None  # draws of each picture, by the methods that draw; none: 2 of the built-in pictures, 1 of your own
+DRAWS = None  # of each picture, by methods that draw; none: 2 of the built-in ones, 1 of yours, 4 of those not wholly seen
 PROBES = 8  # random vectors behind the expected PSNR and the map of uncertainty, a call or two each; 0: neither
 COMPONENTS = 0  # main directions of doubt to show, of pictures up to 128 x 128 pixels
 # run
@@ -89,7 +98,9 @@ class Job:
     picture: utils.Picture
     y: torch.Tensor  # the noisy picture
     x0: torch.Tensor | None  # the clean one, where it is known
-    levels: torch.Tensor  # falling noise levels, from that of y
+    sigma: float  # the noise level of y
+    levels: torch.Tensor  # falling noise levels, from where the sampler starts
+    A: Callable | None = None  # (B, C, H, W) -> (B, C, h, w), of which y is the noisy result, if y is not the picture itself
     results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W), network calls, seconds]
     variance: torch.Tensor | None = None  # of each value of x0 given y
     components: tuple = ()  # main directions of doubt: standard deviations (K,) and directions (K, C, H, W)
@@ -99,15 +110,20 @@ class Job:
         """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
         return zlib.crc32(f"{DRAW_SEED} {draw}".encode(), zlib.crc32(self.y.contiguous().numpy()))
 
+    def seen(self):
+        """Return y in the size of the result."""
+        return interpolate(self.y[None], self.picture.shape[:2], mode="bicubic")[0]
+
     def rows(self):
         """Return rows of the table, one a method, as a mean over its draws, and one of the mean of the draws."""
-        results = ({} if self.x0 is None else {"noisy": [self.y[None], 0, 0.0]}) | self.results
+        seen = {"as seen" if self.A else "noisy": [self.seen()[None], 0, 0.0]}
+        results = (seen if self.x0 is not None else {}) | self.results
         images, calls, seconds = results[METHOD]
         if len(images) > 1:
             results[f"mean of {len(images)}"] = [images.mean(0, keepdim=True), len(images) * calls, len(images) * seconds]
         rows = []
         for method, (images, calls, seconds) in results.items():
-            row = {"picture": self.picture.name, "sigma": self.levels[0].item(), "method": method}
+            row = {"picture": self.picture.name, "sigma": self.sigma, "method": method}
             if self.x0 is not None:
                 x0 = self.x0.expand_as(images)
                 row |= {"PSNR dB": utils.psnr(images, x0).mean().item(), "SSIM": utils.ssim(images, x0).mean()}
@@ -182,27 +198,59 @@ def of_any_kind(denoiser):
     return denoise_kind
 
 
+def observation(height, width):
+    """Return A, what MASK, BLUR or ENLARGE say was done to pictures (B, C, height, width); None if nothing was.
+
+    Raises ValueError for a mask of another size, or a blur as wide as the picture.
+    """
+    if share := re.fullmatch(r"0?\.\d+", MASK):
+        seen = np.random.default_rng(SEED).random((height, width)) >= float(share[0])
+    elif MASK != "none":
+        seen = next(utils.read_pictures(MASK)).pixels.mean(axis=2) < 0.5
+    if MASK != "none":
+        size = f"{width} x {height}"
+        utils.check(
+            seen.shape == (height, width),
+            "MASK",
+            f"{seen.shape[1]} x {seen.shape[0]}",
+            f"must have the {size} pixels of the picture",
+        )
+        return lambda x: torch.from_numpy(seen).to(x) * x
+    if BLUR:
+        reach = math.ceil(4 * BLUR)
+        utils.check(reach < min(height, width), "BLUR", BLUR, f"must be narrow in a picture of {width} x {height} pixels")
+        return lambda x: gaussian_blur(x, 2 * reach + 1, BLUR)
+    return (lambda x: avg_pool2d(x, ENLARGE)) if ENLARGE > 1 else None
+
+
 def read_jobs(model, device, notify, failed):
     """Yield a job for each picture, with its noise level: the one added, the one given, or an estimate. Raises ValueError."""
     rng = np.random.default_rng(SEED)
     for picture in itertools.islice(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed), COUNT):
-        sigma, y, x0 = SIGMA, picture.pixels, None
-        if ADD_NOISE or picture.builtin:
-            sigma, x0 = SIGMA or 0.1, torch.from_numpy(y).permute(2, 0, 1)
-            (y,) = utils.add_noise([y], sigma, rng)
-        y = torch.from_numpy(y).permute(2, 0, 1)
+        made, y, x0 = ADD_NOISE or picture.builtin, torch.from_numpy(picture.pixels).permute(2, 0, 1), None
+        height, width = (n // ENLARGE * ENLARGE if made else n * ENLARGE for n in y.shape[1:])
+        A = observation(height, width)
+        sigma = SIGMA or (0.02 if A else 0.1 if made else None)
+        if made:
+            x0 = y[:, :height, :width]
+            (y,) = utils.add_noise([as_array(A(x0[None])[0] if A else x0)], sigma, rng)
+            y = torch.from_numpy(y).permute(2, 0, 1)
+        y = A(y) if MASK != "none" else y
         low, high = (level / math.sqrt(4 - len(y)) for level in (model.sigma_min, model.sigma_max))  # grey: over sqrt(3)
-        if sigma is None:
+        if A:
+            picture.resize(height, width)
+        elif sigma is None:
             eight_bit = picture.dtype == np.uint8
             sigma, note = picture_level(of_any_kind(model), y[None].to(device), low, min(high, 1.0), eight_bit)
             sigma = max(sigma, low)  # not below it by rounding
             notify(f"{picture.name}: noise level estimated at {sigma:.4f}" + f", {note}" * bool(note))
-        if not low <= sigma <= high:
+        if not (A or low <= sigma <= high):
             trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
             raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
-        steps = 1 if METHOD in ("mmse", "langevin") else STEPS or methods()[METHOD][1]
-        levels = sde.noise_levels(sigma, sigma * (low / sigma) ** TEXTURE, steps, RHO)
-        yield Job(picture, y, x0, levels)
+        steps = 1 if METHOD in ("mmse", "langevin") else STEPS or (30 if A else methods()[METHOD][1])
+        start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
+        levels = sde.noise_levels(start, start * (low / start) ** TEXTURE, steps, RHO or rho)
+        yield Job(picture, y, x0, sigma, levels, A)
 
 
 # -----------------------------------------------------------------------------
@@ -215,7 +263,7 @@ def batches(jobs):
     batch = []
     for job in jobs:
         full = (len(batch) + 1) * job.y[0].numel() > BATCH_PIXELS
-        if batch and (full or (batch[0].y.shape, batch[0].levels[0]) != (job.y.shape, job.levels[0])):
+        if batch and (full or (batch[0].y.shape, batch[0].sigma) != (job.y.shape, job.sigma)):
             yield batch
             batch = []
         batch.append(job)
@@ -223,29 +271,37 @@ def batches(jobs):
 
 
 def draws_of(job):
-    return (DRAWS or (2 if job.picture.builtin else 1)) if methods()[METHOD][3] else 1
+    usual = 1 if is_file(OUTPUT) else 4 if job.A else 2 if job.picture.builtin else 1
+    return (DRAWS or usual) if methods()[METHOD][3] else 1
 
 
 def calls(job):
     """Return about how often a picture goes through the network, for the progress bar."""
     _, _, calls_a_level, _ = methods()[METHOD]
-    return len(job.levels) * calls_a_level * draws_of(job) + (METHOD != "mmse") + (job.x0 is None and PROBES > 0)
+    return len(job.levels) * calls_a_level * draws_of(job) + (
+        0 if job.A else (METHOD != "mmse") + (job.x0 is None and PROBES > 0)
+    )
 
 
 def denoise(model, jobs, device, filmed, bar=None):
     """Give each job its one-step estimate and its draws; keep the frames of the first draw of the first `filmed` jobs."""
-    y, levels = torch.stack([job.y for job in jobs]).to(device), jobs[0].levels
+    y, levels, A = torch.stack([job.y for job in jobs]).to(device), jobs[0].levels, jobs[0].A
+    like = y.new_empty(*y.shape[:2], *jobs[0].picture.shape[:2])
+    denoiser = of_any_kind(utils.tiled(model, BATCH_PIXELS, bar))
     sampler, draws = methods()[METHOD][0], draws_of(jobs[0])
-    passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse")
+    if A:
+        denoiser = sde.observed(denoiser, y, A, jobs[0].sigma)
+    passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse" and not A)
     passes += [(METHOD, sampler, levels, draw) for draw in range(draws)]
     for method, sampler, levels, draw in passes:
         first = filmed if method == METHOD and draw == 0 else 0
-        film = utils.Film(of_any_kind(utils.tiled(model, BATCH_PIXELS, bar)), first)
-        start = time.perf_counter()
-        images = sampler(film, y, levels, noise=sde.seeded_noise([job.seed(draw) for job in jobs], device)).cpu()
+        film, noise = utils.Film(denoiser, first), sde.seeded_noise([job.seed(draw) for job in jobs], device)
+        began = time.perf_counter()
+        x = 0.5 + levels[0] * noise(like) if A else y  # pure noise, or the noisy picture
+        images = sampler(film, x, levels, noise=noise).cpu()
         if not images.isfinite().all():
             raise ValueError(f"--method {METHOD} diverged on '{jobs[0].picture.name}': take a smaller step size, or more steps")
-        seconds = (time.perf_counter() - start) / len(jobs)
+        seconds = (time.perf_counter() - began) / len(jobs)
         for job, image in zip(jobs, images):
             before = job.results.get(method, [image[None][:0]])[0]
             job.results[method] = [torch.cat([before, image[None]]), film.calls, seconds]
@@ -255,7 +311,7 @@ def denoise(model, jobs, device, filmed, bar=None):
 
 def doubt(model, job, device, bar=None):
     """Give a job the variance of each value given the noisy picture, and the main directions of doubt of its middle."""
-    y, sigma, denoiser = job.y[None].to(device), job.levels[0].item(), of_any_kind(model)
+    y, sigma, denoiser = job.y[None].to(device), job.sigma, of_any_kind(model)
     noise = sde.seeded_noise([job.seed(0)], device)
     if PROBES:
         probes = max(1, min(PROBES, 2**21 // y[0, 0].numel()))  # of a large picture one says enough
@@ -289,7 +345,7 @@ def write(job):
     for method, (draws, *_) in job.results.items():
         images |= {f"{method}_{k + 1}" if len(draws) > 1 else method: image for k, image in enumerate(draws)}
     draws = job.results[METHOD][0]
-    if DRAWS and len(draws) > 1:
+    if (DRAWS or job.A) and len(draws) > 1:
         images["mean"], maps["spread"] = draws.mean(0), draws.var(0)
     images = {f"_{kind}{picture.suffix}": image for kind, image in images.items()}
     others = [f"_{kind}{suffix}" for kind in maps for suffix in (".npy", ".png")]
@@ -339,20 +395,32 @@ def show(jobs, path):
     grid = []
     for job in jobs:
         images, (sigma, state, _) = job.results[METHOD][0], job.frames[len(job.frames) // 2]
-        panels = [("noisy", job.y, f"$\\sigma$ = {job.levels[0]:.3g}"), ("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")]
-        panels += [("one step", image, caption(image, job.x0)) for image in job.results["mmse"][0] if METHOD != "mmse"]
+        panels = [("as seen" if job.A else "noisy", job.seen(), f"$\\sigma$ = {job.sigma:.3g}")]
+        panels += [("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")] * (not job.A)
+        panels += [("one step", image, caption(image, job.x0)) for image in job.results.get("mmse", [[]])[0] if METHOD != "mmse"]
         titles = ("a draw", "another draw") if len(images) > 1 else (METHOD,)
         panels += [(title, image, caption(image, job.x0)) for title, image in zip(titles, images)]
+        if job.A and len(images) > 1:
+            deviation = images.var(0).mean(0).sqrt()
+            panels.append((f"mean of {len(images)}", images.mean(0), caption(images.mean(0), job.x0)))
+            panels.append(("deviation", utils.in_colour(deviation / deviation.max()), f"black 0, white {deviation.max():.2g}"))
         grid.append(panels + ([("clean", job.x0, "")] if job.x0 is not None else []))
     utils.plot_pictures(path, grid)
     utils.save_animation(path.with_suffix(".gif"), [job.frames for job in jobs])
 
 
 def check_constants(model):
-    for name in ("COUNT", "RHO", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "BATCH_PIXELS"):
+    for name in ("COUNT", "ENLARGE", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "BATCH_PIXELS"):
         value = globals()[name]
-        utils.check(value > 0 and (value < math.inf or name == "RHO"), name, value, "must be positive")
-    utils.check(RHO >= 1, "RHO", RHO, "must be at least 1")
+        utils.check(0 < value < math.inf, name, value, "must be positive")
+    utils.check(RHO is None or RHO >= 1, "RHO", RHO, "must be at least 1")
+    utils.check(0 <= BLUR < math.inf, "BLUR", BLUR, "must be a width in pixels")
+    if observed := [name for name in ("MASK", "BLUR", "ENLARGE") if globals()[name] not in ("none", 0, 1)]:
+        utils.check(len(observed) == 1, observed[0], globals()[observed[0]], "is one of --mask, --blur and --enlarge at a time")
+        utils.check(
+            METHOD not in ("mmse", "langevin"), "METHOD", METHOD, f"must be one that draws, or ode, for --{observed[0].lower()}"
+        )
+        utils.check(not COMPONENTS, "COMPONENTS", COMPONENTS, f"must be 0 with --{observed[0].lower()}")
     for name in ("SEED", "DRAW_SEED"):
         utils.check(0 <= globals()[name] < 2**63, name, globals()[name], "must be a number from 0 to 2^63")
     for name in ("STEPS", "DRAWS"):
@@ -376,7 +444,7 @@ def check_constants(model):
         level = f"'{CHECKPOINT}' knows only {model.sigma_min:g}"
         raise ValueError(f"--method {METHOD} needs many noise levels, and {level}: use mmse or langevin")
     else:
-        sde.noise_levels(model.sigma_max, model.sigma_min, STEPS or 20, RHO)  # raises where RHO is too extreme
+        sde.noise_levels(model.sigma_max, model.sigma_min, STEPS or 20, RHO or 7.0)  # raises where RHO is too extreme
 
 
 def main():
@@ -395,7 +463,7 @@ def main():
             bar.total = (bar.total or 0) + sum(job.y[0].numel() for job in batch) * calls(batch[0])
             denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
-                if count < 16 or job.x0 is None:
+                if not job.A and (count < 16 or job.x0 is None):
                     doubt(model, job, device, bar)
                 paths = write(job)
                 if not job.picture.builtin:
@@ -411,7 +479,10 @@ def main():
             utils.remember(path.with_suffix(suffix), owner)
         print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
     elif METHOD != "mmse":
-        print("mmse has the least error, for measurements; a draw (sde) looks natural, but its finest texture is invented")
+        least = "mmse" if not job.A else "the mean of the draws"
+        print(
+            f"{least} has the least error, for measurements; a draw ({METHOD}) looks natural, but its finest texture is invented"
+        )
     if failed:
         sys.exit(1)
 

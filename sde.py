@@ -483,13 +483,13 @@ def _per_image(sigma, x):  # -> (1 or B, 1, 1, 1) like x
 
 
 def natural_power(x):
-    """Return the variances (3, H, W) of the discrete cosines of natural pictures of the size of x (B, 3, H, W).
+    """Return the variances (C, H, W) of the discrete cosines of natural pictures of the size of x (B, C, H, W), C 3 or 1.
 
     c exp(-10.6 (f^2 + g^2)) / ((f + g)^2 + 0.07 / (H W)), f and g in cycles a pixel, c one number each for grey, red - blue and
     green - the rest: photographs' 1 / f^2 at any size, softened; within a factor of 1.4 (rms) for CIFAR-10's training images.
     """
     f, g = (torch.arange(n, dtype=x.dtype, device=x.device) / (2 * n) for n in x.shape[2:])
-    f, c = f[:, None], torch.tensor([8.6e-3, 2.4e-4, 9e-5]).to(x)[:, None, None]
+    f, c = f[:, None], torch.tensor([8.6e-3, 2.4e-4, 9e-5] if x.shape[1] == 3 else [8.6e-3 / 3]).to(x)[:, None, None]
     return c * torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / (len(f) * len(g)))
 
 
@@ -520,8 +520,9 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolut
         r = prior / (prior + variance)
         trust = r / (r + resolution)
         F, G, rest = _filter(trust.sqrt()), _filter(variance * r), _filter((1 - trust) * variance * r)
-        seen, equation = _equation(A, denoised, sigma_y)
-        fill = lambda b: _conjugate_gradients(equation(G), b, 300, 1e-2)  # noqa: E731
+        seen, equation, response = _equation(A, denoised, sigma_y)
+        nearly = _stationary(lambda v: response(_filter((variance * r).sqrt())(v)), x, seen, sigma_y)
+        fill = lambda b: _conjugate_gradients(equation(G), b, nearly, 200, 1e-2)  # noqa: E731
         V = lambda v: F(covariance(F(v))) + rest(v)  # noqa: E731
         change = _conjugate_residuals(equation(V), (y - seen).flatten(1), iterations, fill)
         if not change.abs().max() < 10:  # nor if it is NaN
@@ -535,7 +536,7 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolut
 
 
 def _equation(A, x, sigma_y):
-    """Return A(x), and V -> (u -> V A^T u and (sigma_y^2 + A V A^T) u), with A's derivative at x for A; flat vectors (B, n)."""
+    """Return A(x), V -> (u -> V A^T u and (sigma_y^2 + A V A^T) u), and v -> A v, with A's derivative at x for A; u is (B, n)."""
     seen, transpose = torch.func.vjp(A, x)
     forwards = torch.func.vjp(lambda u: transpose(u)[0], torch.zeros_like(seen))[1]  # the transpose of the transpose
 
@@ -543,7 +544,20 @@ def _equation(A, x, sigma_y):
         lifted = V(transpose(u.view_as(seen))[0])
         return lifted.flatten(1), sigma_y**2 * u + forwards(lifted)[0].flatten(1)
 
-    return seen, lambda V: lambda u: apply(u, V)
+    return seen, lambda V: lambda u: apply(u, V), lambda v: forwards(v)[0]
+
+
+def _stationary(response, x, seen, sigma_y, probes=8):
+    """Return about (sigma_y^2 + A G A^T)^-1, for response = A G^(1/2): exact where the cosines of what is seen are independent.
+
+    Their variances are means over a few fixed random pictures like x. What is no picture, (B, C, h, w), comes back as it is.
+    """
+    if seen.ndim != 4:
+        return lambda b: b
+    rng, cosines = torch.Generator().manual_seed(0), _cosine_transform(seen)[0]
+    white = (torch.randn(x.shape[1:], generator=rng, dtype=x.dtype).to(x).expand_as(x) for _ in range(probes))
+    filtered = _filter(1 / (sigma_y**2 + sum(cosines(response(v)) ** 2 for v in white) / probes))
+    return lambda b: filtered(b.view_as(seen)).flatten(1)
 
 
 def _conjugate_residuals(apply, b, iterations, precondition):
@@ -561,18 +575,19 @@ def _conjugate_residuals(apply, b, iterations, precondition):
     return solution
 
 
-def _conjugate_gradients(apply, b, iterations, tolerance):
+def _conjugate_gradients(apply, b, precondition, iterations, tolerance):
     """Return u (Hestenes and Stiefel 1952); an image is done when its residual is `tolerance` of b."""
-    u, r, p, size = torch.zeros_like(b), b, b, _dot(b, b)
-    goal = tolerance**2 * size
+    u, r, p, size = torch.zeros_like(b), b, 0.0, 1.0
     for _ in range(iterations):
-        q = apply(p)[1]
-        step = torch.where(size > goal, size / _dot(p, q), 0)
-        u, r = u + step * p, r - step * q
-        size, before = _dot(r, r), size
-        if not (size > goal).any():
+        going = _dot(r, r) > tolerance**2 * _dot(b, b)
+        if not going.any():
             break
-        p = r + torch.where(size > goal, size / before, 0) * p
+        z = precondition(r)
+        size, before = _dot(r, z), size
+        p = z + torch.where(going, size / before, 0) * p
+        q = apply(p)[1]
+        step = torch.where(going, size / _dot(p, q), 0)
+        u, r = u + step * p, r - step * q
     return u
 
 
@@ -582,9 +597,15 @@ def _dot(a, b):  # of each image: (B, n), (B, n) -> (B, 1)
 
 def _filter(gain):
     """Return the function that multiplies the discrete cosines of pictures, over channels, rows and columns, by gain."""
-    colours, rows, columns = (_cosines(n).to(gain) for n in gain.shape[-3:])
+    forth, back = _cosine_transform(gain)
+    return lambda v: back(gain * forth(v))
+
+
+def _cosine_transform(like):
+    """Return the discrete cosine transform of pictures (B, C, H, W) of the size of `like`, and its inverse."""
+    colours, rows, columns = (_cosines(n).to(like) for n in like.shape[-3:])
     mix = lambda v, matrix: torch.einsum("ij,bjhw->bihw", matrix, v)  # noqa: E731
-    return lambda v: mix(rows.T @ (gain * (rows @ mix(v, colours) @ columns.T)) @ columns, colours.T)
+    return lambda v: rows @ mix(v, colours) @ columns.T, lambda v: mix(rows.T @ v @ columns, colours.T)
 
 
 def _cosines(n):  # the orthogonal matrix of the discrete cosine transform, one frequency a row

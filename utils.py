@@ -21,6 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import imagecodecs
+import matplotlib
 import numpy as np
 import skimage
 import tifffile
@@ -31,6 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy import ndimage
 from skimage.metrics import structural_similarity
+from torch.utils.checkpoint import checkpoint
 from torchvision.datasets import CIFAR10
 
 # -----------------------------------------------------------------------------
@@ -247,6 +249,14 @@ class Picture:
     white: float = 255.0  # the file's value of 1
     name: str = ""  # unique in its run, with sub-folders: "holiday/beach"
     source: str = ""  # where it is from: the whole path, and the frame
+
+    def resize(self, height, width):
+        """Make it the record of a picture of another size: what it holds of each pixel is repeated, or cut."""
+        factor = max(1, height // self.shape[0])
+        for name in ("alpha", "inks"):
+            if (values := getattr(self, name)) is not None:
+                setattr(self, name, values.repeat(factor, 0).repeat(factor, 1)[:height, :width])
+        self.shape = (height, width, *self.shape[2:])
 
     @property
     def builtin(self):
@@ -684,8 +694,14 @@ def over_tiles(function, x, pixels, bar=None, halo=64):
 
 
 def tiled(denoiser, pixels, bar=None, halo=64):
-    """Return a denoiser that works in tiles: see over_tiles."""
-    return lambda x, sigma: over_tiles(lambda part: denoiser(part, sigma), x, pixels, bar, halo)
+    """Return a denoiser that works in tiles, see over_tiles; for a gradient each tile is computed again, to keep memory small."""
+
+    def denoise_tiles(x, sigma):
+        again = torch.is_grad_enabled() and x[:, 0].numel() > pixels
+        one = functools.partial(checkpoint, denoiser, use_reentrant=False) if again else denoiser
+        return over_tiles(lambda part: one(part, sigma), x, pixels, bar, halo)
+
+    return denoise_tiles
 
 
 class Film:
@@ -920,6 +936,11 @@ def crop(x, size):
 def to_array(x):
     """Return an image (1 or 3, H, W) in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
     return (x.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+
+
+def in_colour(values):
+    """Return values (H, W) from 0 to 1 as an image (3, H, W), from black over red to white."""
+    return torch.from_numpy(matplotlib.colormaps["magma"](values.numpy())[..., :3]).permute(2, 0, 1)
 
 
 def save_map(path, variance, title):
