@@ -415,12 +415,10 @@ def check_constants(model):
         utils.check(0 < value < math.inf, name, value, "must be positive")
     utils.check(RHO is None or RHO >= 1, "RHO", RHO, "must be at least 1")
     utils.check(0 <= BLUR < math.inf, "BLUR", BLUR, "must be a width in pixels")
-    if observed := [name for name in ("MASK", "BLUR", "ENLARGE") if globals()[name] not in ("none", 0, 1)]:
-        utils.check(len(observed) == 1, observed[0], globals()[observed[0]], "is one of --mask, --blur and --enlarge at a time")
-        utils.check(
-            METHOD not in ("mmse", "langevin"), "METHOD", METHOD, f"must be one that draws, or ode, for --{observed[0].lower()}"
-        )
-        utils.check(not COMPONENTS, "COMPONENTS", COMPONENTS, f"must be 0 with --{observed[0].lower()}")
+    if observed := [f"--{n}" for n, given in {"mask": MASK != "none", "blur": BLUR > 0, "enlarge": ENLARGE > 1}.items() if given]:
+        utils.check(len(observed) == 1, "MASK", " ".join(observed), "--blur and --enlarge are one at a time")
+        draws = METHOD not in ("mmse", "langevin") and not COMPONENTS
+        utils.check(draws, "METHOD", METHOD, f"must be one that draws, or ode, and --components 0, with {observed[0]}")
     for name in ("SEED", "DRAW_SEED"):
         utils.check(0 <= globals()[name] < 2**63, name, globals()[name], "must be a number from 0 to 2^63")
     for name in ("STEPS", "DRAWS"):

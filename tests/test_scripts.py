@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from torchvision.datasets import CIFAR10
 
 import denoise
@@ -543,7 +544,7 @@ def test_training_refuses_bad_input_in_one_line(tmp_path, refuses, line, words):
 
 
 def seeded(y):
-    return sde.seeded_noise([denoise.Job(None, image, None, LEVELS).seed(0) for image in y])
+    return sde.seeded_noise([denoise.Job(None, image, None, 0.1, LEVELS).seed(0) for image in y])
 
 
 def read_jobs(model):
@@ -587,7 +588,7 @@ def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
 def test_a_batch_has_one_size_and_one_level(monkeypatch):
     monkeypatch.setattr(denoise, "BATCH_PIXELS", 3 * 64)
     kinds = [(8, 0.1)] * 4 + [(8, 0.2), (4, 0.2), (4, 0.2), (8, 0.1)]
-    jobs = [denoise.Job(None, torch.zeros(3, size, 8), None, torch.tensor([level, 0.01])) for size, level in kinds]
+    jobs = [denoise.Job(None, torch.zeros(3, size, 8), None, level, LEVELS) for size, level in kinds]
     found = [[next(k for k, other in enumerate(jobs) if other is job) for job in batch] for batch in denoise.batches(jobs)]
     assert found == [[0, 1, 2], [3], [4], [5, 6], [7]]
 
@@ -618,7 +619,7 @@ def test_a_run_writes_what_it_did(trained, tmp_path):
 
 def test_a_draw_has_a_seed_of_its_pixels_and_its_number():
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    jobs = [denoise.Job(None, image, None, LEVELS) for image in (*images, images[0].clone())]
+    jobs = [denoise.Job(None, image, None, 0.1, LEVELS) for image in (*images, images[0].clone())]
     assert jobs[0].seed(0) == jobs[2].seed(0) and len({job.seed(draw) for job in jobs[:2] for draw in (0, 1)}) == 4
 
 
@@ -723,9 +724,85 @@ def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_ord
         assert np.abs(together - apart).max() <= 0.01 * 255  # the same draw; the network's sums may round differently
 
 
+# -----------------------------------------------------------------------------
+# Observations
+# -----------------------------------------------------------------------------
+
+HALF = (np.arange(16)[:, None] + np.arange(20)) % 2 == 0  # pixels of a chessboard
+SEEN = {  # what is done to a picture, by other means than the script's
+    "--mask mask.png": lambda x: x * ~HALF,
+    "--blur 0.8": lambda x: ndimage.gaussian_filter(x, (0, 0.8, 0.8), mode="mirror"),
+    "--enlarge 2": lambda x: x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2).mean((2, 4)),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("line", SEEN)
+def test_what_is_made_of_an_observation_agrees_with_it(trained, tmp_path, line, channels):
+    # Whatever the network believes: of every draw the script must see what it was given, to the noise of 0.02.
+    rng = np.random.default_rng(0)
+    Image.fromarray(np.uint8(255 * HALF)).save(tmp_path / "mask.png")
+    x0 = ndimage.gaussian_filter(rng.random((channels, 16, 20)), (0, 2, 2)).astype(np.float32)
+    x0 = 0.2 + 0.6 * (x0 - x0.min()) / np.ptp(x0)
+    seen = SEEN[line](x0) + 0.02 * rng.standard_normal(SEEN[line](x0).shape)
+    np.save(tmp_path / "seen.npy", seen.transpose(1, 2, 0).astype(np.float32))
+    checkpoint = trained / "checkpoints" / "score.pt"
+    out, _ = run(tmp_path, "denoise.py", f"seen.npy {line} --checkpoint {checkpoint} --steps 12 --device cpu --draws 3")
+    assert "PSNR" not in out and "mean of the draws" in out
+    draws = [np.load(tmp_path / "output" / f"seen_sde_{k}.npy").transpose(2, 0, 1) for k in (1, 2, 3)]
+    for draw in draws:
+        assert draw.shape == x0.shape
+        off = SEEN[line](draw) - (seen * ~HALF if "mask" in line else seen)
+        assert np.sqrt((off**2).mean()) < 0.03
+    assert np.abs(draws[0] - draws[1]).max() > 0.05
+    np.testing.assert_allclose(np.load(tmp_path / "output" / "seen_mean.npy").transpose(2, 0, 1), sum(draws) / 3, atol=1e-6)
+
+
+def test_a_clean_picture_is_observed_with_noise_and_measured(trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "clean.npy", np.load(trained / "patches.npy")[:2, :31])  # 31 rows: one is left over
+    checkpoint = trained / "checkpoints" / "score.pt"
+    line = f"in --add-noise --enlarge 2 --checkpoint {checkpoint} --steps 4 --device cpu --figures yes"
+    out, _ = run(tmp_path, "denoise.py", line)
+    assert out.count("| as seen") == 3 and out.count("| mean of 4") == 3 and "| 0.0200 |" in out and "expected" not in out
+    assert np.load(tmp_path / "output" / "clean_00001_mean.npy").shape == (30, 32, 3)
+    assert Image.open(tmp_path / "output" / "in_sde.jpg").width > 900  # seen, two draws, mean, deviation, clean
+
+
+def test_a_share_is_missing_of_every_picture(monkeypatch):
+    monkeypatch.setattr(denoise, "MASK", "0.3")
+    seen = denoise.observation(200, 300)(torch.ones(1, 3, 200, 300))
+    assert abs(seen.mean().item() - 0.7) < 0.006 and torch.equal(seen[0, 0], seen[0, 1])  # 3 standard deviations
+
+
+def test_alpha_grows_with_the_picture(trained, tmp_path):
+    image = np.dstack([np.load(trained / "patches.npy")[0, :8, :6], np.arange(48, dtype=np.uint8).reshape(8, 6)])
+    Image.fromarray(image).save(tmp_path / "small.png")
+    line = f"small.png --enlarge 3 --checkpoint {trained / 'checkpoints' / 'score.pt'} --steps 3 --draws 1 --device cpu"
+    run(tmp_path, "denoise.py", line + " --output large.png")
+    large = np.asarray(Image.open(tmp_path / "large.png"))
+    assert np.array_equal(large[..., 3], image[..., 3].repeat(3, 0).repeat(3, 1))
+
+
+def test_a_gradient_through_tiles_is_that_of_the_whole(trained):
+    model = load_model(trained / "checkpoints" / "score.pt")
+    x = torch.rand(1, 3, 180, 200, generator=torch.Generator().manual_seed(0))
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    whole, tiled = (sde.posterior_covariance(f, x, 0.1)[1](v) for f in (model, utils.tiled(model, 150 * 150)))
+    torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "line, words",
     [
+        ("--mask 0.5 --blur 1", ["--mask", "at a time"]),
+        ("--mask text.png", ["text.png"]),
+        ("--mask small.png --input small.npy", ["--mask", "9 x 8"]),
+        ("--blur 3 --input small.npy", ["--blur", "narrow"]),
+        ("--blur -1", ["--blur"]),
+        ("--enlarge 0", ["--enlarge"]),
+        ("--enlarge 2 --method mmse", ["--method", "--enlarge"]),
+        ("--enlarge 2 --components 2", ["--components"]),
         ("--checkpoint nowhere.pt", ["nowhere.pt"]),
         ("--checkpoint damaged.pt", ["damaged.pt", "damaged"]),
         ("--input nowhere.png", ["nowhere.png"]),
@@ -758,6 +835,8 @@ def test_denoising_refuses_bad_input_in_one_line(trained, tmp_path, refuses, lin
     (tmp_path / "damaged.pt").write_bytes((trained / "checkpoints" / "score.pt").read_bytes()[:1000])
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty").mkdir()
+    Image.new("L", (9, 8)).save(tmp_path / "small.png")
+    np.save(tmp_path / "small.npy", np.zeros((8, 8), np.uint8))
     refuses(tmp_path, "denoise.py", line, *words)
 
 
