@@ -198,29 +198,28 @@ def of_any_kind(denoiser):
     return denoise_kind
 
 
-def observation(height, width):
-    """Return A, what MASK, BLUR or ENLARGE say was done to pictures (B, C, height, width); None if nothing was.
+def observation(size, mask="none", blur=0.0, enlarge=1, seed=0):
+    """Return A, what the constants of these names say was done to pictures (B, C, *size); None if nothing was.
 
     Raises ValueError for a mask of another size, or a blur as wide as the picture.
     """
-    if share := re.fullmatch(r"0?\.\d+", MASK):
-        seen = np.random.default_rng(SEED).random((height, width)) >= float(share[0])
-    elif MASK != "none":
-        seen = next(utils.read_pictures(MASK)).pixels.mean(axis=2) < 0.5
-    if MASK != "none":
-        size = f"{width} x {height}"
+    if mask != "none":
+        share = re.fullmatch(r"0?\.\d+", mask)
+        missing = np.random.default_rng(seed).random(size) < float(mask) if share else read_mask(mask)
         utils.check(
-            seen.shape == (height, width),
-            "MASK",
-            f"{seen.shape[1]} x {seen.shape[0]}",
-            f"must have the {size} pixels of the picture",
+            missing.shape == tuple(size), "MASK", missing.shape, f"must have the {tuple(size)} rows and columns of the picture"
         )
-        return lambda x: torch.from_numpy(seen).to(x) * x
-    if BLUR:
-        reach = math.ceil(4 * BLUR)
-        utils.check(reach < min(height, width), "BLUR", BLUR, f"must be narrow in a picture of {width} x {height} pixels")
-        return lambda x: gaussian_blur(x, 2 * reach + 1, BLUR)
-    return (lambda x: avg_pool2d(x, ENLARGE)) if ENLARGE > 1 else None
+        return lambda x: torch.from_numpy(~missing).to(x) * x
+    if blur:
+        reach = math.ceil(4 * blur)
+        utils.check(reach < min(size), "BLUR", blur, f"must be narrow in a picture of {tuple(size)} rows and columns")
+        return lambda x: gaussian_blur(x, 2 * reach + 1, blur)
+    return (lambda x: avg_pool2d(x, enlarge)) if enlarge > 1 else None
+
+
+@functools.cache
+def read_mask(path):
+    return next(utils.read_pictures(path)).pixels.mean(axis=2) > 0.5
 
 
 def read_jobs(model, device, notify, failed):
@@ -229,7 +228,7 @@ def read_jobs(model, device, notify, failed):
     for picture in itertools.islice(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed), COUNT):
         made, y, x0 = ADD_NOISE or picture.builtin, torch.from_numpy(picture.pixels).permute(2, 0, 1), None
         height, width = (n // ENLARGE * ENLARGE if made else n * ENLARGE for n in y.shape[1:])
-        A = observation(height, width)
+        A = observation((height, width), MASK, BLUR, ENLARGE, SEED)
         sigma = SIGMA or (0.02 if A else 0.1 if made else None)
         if made:
             x0 = y[:, :height, :width]

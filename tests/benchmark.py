@@ -6,6 +6,7 @@
     python tests/benchmark.py --table files         # pictures that went through lossy files
     python tests/benchmark.py --table grey          # grey photographs, beside classical denoisers
     python tests/benchmark.py --table expected      # PSNR expected without the truth, beside the true one
+    python tests/benchmark.py --table observations --count 100    # incomplete pictures, beside classical ways to complete them
     python tests/benchmark.py --table speed         # of training and sampling
     python tests/benchmark.py --help                # every constant below is an option
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import observations as undone  # noqa: E402
 import pictures  # noqa: E402
 
 import sde  # noqa: E402
@@ -36,13 +38,14 @@ import utils  # noqa: E402
 from model import ScoreModel, load_model  # noqa: E402
 
 # -----------------------------------------------------------------------------
-TABLE = "results"  # "results", "levels", "noise", "files", "grey", "expected" or "speed"
+TABLE = "results"  # "results", "levels", "noise", "files", "grey", "expected", "observations" or "speed"
 INPUT = "cifar10"  # "cifar10" (its test images), "samples", or a path; all images of one size
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
 TRAIN = "cifar10"  # images whose mean and covariance make the Wiener filter: "cifar10", or a path
 COUNT = 1000  # images of a table
 STUDY_COUNT = 50  # images of the figure of Langevin runs
 SIGMA = 0.1  # noise level of the results, pixels in [0, 1]
+SIGMA_Y = 0.02  # of the observations
 NOISE_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # those to be found in pictures
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0)  # those of the table of noise levels
 RECIPE = "checkpoints/cnn3_cifar10.pt"  # the recipe's network, trained at SIGMA
@@ -270,6 +273,11 @@ def expected(device):
     return rows
 
 
+def observations(device):
+    model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)
+    return undone.compare(model, x0, SIGMA_Y, SEED, BATCH)
+
+
 def plot_uncertainty(path, model, x0, draws=64, probes=256):
     """Draw for each image where it is uncertain: by the Jacobian, by the spread of draws, and the true error."""
     noise = sde.seeded_noise(range(len(x0) * draws), x0.device)
@@ -346,7 +354,7 @@ def speed(device):
 
 @torch.no_grad()
 def main():
-    tables = {f.__name__: f for f in (results, levels, noise, files, grey, expected, speed)}
+    tables = {f.__name__: f for f in (results, levels, noise, files, grey, expected, observations, speed)}
     utils.check(TABLE in tables, "TABLE", TABLE, f"must be one of {', '.join(tables)}")
     print(utils.table(tables[TABLE](utils.pick_device(DEVICE))))
 

@@ -14,6 +14,8 @@ in number (figures/forgetting.png), and what texture costs (figures/dial.png).
 
 from pathlib import Path
 
+import observations
+import pictures
 import torch
 from benchmark import read_model, read_noisy, watched  # first: it also puts the project on the path
 from matplotlib.figure import Figure
@@ -30,7 +32,7 @@ DRAWS = 19  # draws an image, of samplers with at most FEW_CALLS; 19 make interv
 FEW_CALLS = 20  # network calls of a sampler that can be had often
 FEW_DRAWS = 5  # draws an image of the others
 SIGMAS = (0.05, 0.1, 0.3)  # noise levels, pixels in [0, 1]; the figures are made at the middle one
-OBSERVED = 16  # images of which half the pixels, a blurred and a smaller picture are observed, with noise of SIGMA_Y; 0: none
+OBSERVED = 50  # images of which half the pixels, a blurred and a smaller picture are observed, with noise of SIGMA_Y; 0: none
 SIGMA_Y = 0.02  # noise level of these observations
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network
 SEED = 0  # of the noise (numpy's default_rng) and, plus a number each, of the draws
@@ -61,16 +63,6 @@ def gaussian_field(shape, seed, device):
         return 0.5 + torch.fft.ifft2(torch.fft.fft2(x - 0.5) * power / (power + sigma**2)).real
 
     return x0, denoiser
-
-
-def draw(sampler, y, count, batch, seed):
-    """Return `count` draws of sampler(y, noise) for each image, (count, B, 3, H, W) on the CPU; every draw has its own seed."""
-    stack, per_batch = [], max(1, batch // len(y))
-    for first in range(0, count, per_batch):
-        n = min(per_batch, count - first)
-        noise = sde.seeded_noise([seed + first * len(y) + i for i in range(n * len(y))], y.device)
-        stack.append(sampler(y.repeat(n, 1, 1, 1), noise).unflatten(0, (n, len(y))).cpu())
-    return torch.cat(stack)
 
 
 def ratio(errors, references):
@@ -127,7 +119,7 @@ def certify(denoiser, y, x0, sigma, sigma_min):
         levels, asked_about, kept = sde.noise_levels(sigma, sigma_min, steps), [], label == "`adams`, 20"
         count = DRAWS if calls <= FEW_CALLS else FEW_DRAWS
         asked = watched(denoiser, lambda x, last=asked_about: last.append(x.cpu())) if kept else denoiser
-        draws = draw(lambda y, noise: sampler(asked, y, levels, noise=noise), y, count, BATCH, SEED)  # noqa: B023
+        draws = pictures.draw(lambda y, noise: sampler(asked, y, levels, noise=noise), y, count, BATCH, SEED)  # noqa: B023
         rows.append({"sampler, network calls": label, **statistics(draws, truth, observed, one_step, sigma)})
         if kept:  # what it asked last is its state at the lowest level
             states = torch.cat([x.unflatten(0, (-1, len(y))) for x in asked_about[calls - 1 :: calls]])
@@ -164,43 +156,21 @@ def summary(found):
     return table
 
 
-def blur(x):
-    """Blur images by a Gaussian of 1 pixel, mirrored at the edges."""
-    kernel = torch.exp(-(torch.arange(-4.0, 5) ** 2) / 2).to(x)
-    kernel = (kernel / kernel.sum())[:, None] * (kernel / kernel.sum())
-    padded = torch.nn.functional.pad(x, (4, 4, 4, 4), mode="reflect")
-    return torch.nn.functional.conv2d(padded, kernel.expand(x.shape[1], 1, 9, 9), groups=x.shape[1])
-
-
-def certify_observations(model, x0, sigma_y, draws=9):
-    """Return a row for each observation, from pure noise: what exchangeable truth and draws must have is 1 and 2 n / (n + 1)."""
-    seen = (torch.rand(x0.shape[2:], generator=torch.Generator().manual_seed(SEED)) < 0.5).to(x0)
-    operators = {"half of the pixels": lambda x: seen * x, "blur of 1 pixel": blur, "half size": half}
-    levels = sde.noise_levels(model.sigma_max, model.sigma_min, 30, float("inf"))
+def certify_observations(model, x0, sigma_y, count=9):
+    """Return a row for each observation: draws spread as far as their mean is off, and intervals hold the truth, or not."""
     rows = []
-    for name, A in tqdm(operators.items(), leave=False):
-        clean = A(x0)
-        y = clean + sigma_y * torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED + 1)).to(x0)
-        y = seen * y if name == "half of the pixels" else y
-
-        def sampler(start, noise, A=A, y=y):
-            knows = sde.observed(model, y.repeat(len(start) // len(y), 1, 1, 1), A, sigma_y)
-            return sde.adams(knows, 0.5 + model.sigma_max * noise(start), levels, noise=noise)
-
-        found, truth = draw(sampler, x0, draws, BATCH, SEED), x0.cpu()
+    for name in tqdm(observations.OBSERVATIONS, leave=False):
+        A, y = observations.observe(name, x0, sigma_y, SEED)
+        found, truth = observations.draws(model, x0, A, y, sigma_y, count, BATCH, SEED), x0.cpu()
         error = lambda images: ((images - truth) ** 2).mean(dim=(-3, -2, -1))  # noqa: B023, E731
-        of_mean, variance = error(found.mean(0)), (1 + 1 / draws) * found.var(0).mean(dim=(-3, -2, -1))
-        spread, its_error = ratio(variance, of_mean)
-        of_draw, uncertainty = ratio(error(found).mean(0), of_mean)
-        row = {"observation": name, "(spread / error)²": spread, "±": its_error, "draw / mean": of_draw, " ±": uncertainty}
-        row |= {"due": 2 * draws / (draws + 1), "in 80%": coverage(found, truth, 0.8)}
+        of_mean, variance = error(found.mean(0)), (1 + 1 / count) * found.var(0).mean(dim=(-3, -2, -1))
+        squared, uncertainty = ratio(variance, of_mean)
+        row = {"observation": name, "spread / error": squared**0.5, "±": uncertainty / (2 * squared**0.5)}
+        value, uncertainty = ratio(error(found).mean(0), of_mean)
+        row |= {"draw / mean": value, " ±": uncertainty, "due": 2 * count / (count + 1), "in 80%": coverage(found, truth, 0.8)}
         row["PSNR dB, draw"] = torch.stack([utils.psnr(one, truth).mean() for one in found]).mean().item()
-        rows.append(row | {f"mean of {draws}": utils.psnr(found.mean(0), truth).mean().item()})
+        rows.append(row | {f"mean of {count}": utils.psnr(found.mean(0), truth).mean().item()})
     return rows
-
-
-def half(x):
-    return torch.nn.functional.avg_pool2d(x, 2)
 
 
 def study_forgetting(path, model, y, x0, sigma):
@@ -259,7 +229,7 @@ def study_dial(path, model, y, x0, sigma):
     levels = lambda texture: sde.noise_levels(sigma, sigma * (model.sigma_min / sigma) ** texture, 20)  # noqa: E731
     noise = sde.seeded_noise(range(SEED, SEED + len(y)), y.device)
     stopped = [(f"{t:g}", place(sde.adams(model, y, levels(t), noise=noise))) for t in (0, 0.2, 0.4, 0.6, 1)]
-    draws = draw(lambda y, noise: sde.adams(model, y, levels(1), noise=noise), y, 16, BATCH, SEED).to(y.device)
+    draws = pictures.draw(lambda y, noise: sde.adams(model, y, levels(1), noise=noise), y, 16, BATCH, SEED).to(y.device)
     averaged = [(str(n), place(draws[:n].mean(0))) for n in (2, 4, 16)]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()

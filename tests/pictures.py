@@ -40,6 +40,16 @@ def noisy(x0, sigma, seed):
     return x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
 
 
+def draw(sampler, y, count, batch, seed):
+    """Return `count` draws of sampler(y, noise) for each image, (count, B, 3, H, W) on the CPU; every draw has its own seed."""
+    stack, per_batch = [], max(1, batch // len(y))
+    for first in range(0, count, per_batch):
+        n = min(per_batch, count - first)
+        noise = sde.seeded_noise([seed + first * len(y) + i for i in range(n * len(y))], y.device)
+        stack.append(sampler(y.repeat(n, 1, 1, 1), noise).unflatten(0, (n, len(y))).cpu())
+    return torch.cat(stack)
+
+
 def eight_bits(x):
     return (x.clamp(0, 1) * 255).round() / 255
 

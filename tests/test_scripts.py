@@ -769,9 +769,8 @@ def test_a_clean_picture_is_observed_with_noise_and_measured(trained, tmp_path):
     assert Image.open(tmp_path / "output" / "in_sde.jpg").width > 900  # seen, two draws, mean, deviation, clean
 
 
-def test_a_share_is_missing_of_every_picture(monkeypatch):
-    monkeypatch.setattr(denoise, "MASK", "0.3")
-    seen = denoise.observation(200, 300)(torch.ones(1, 3, 200, 300))
+def test_a_share_is_missing_of_every_picture():
+    seen = denoise.observation((200, 300), mask="0.3")(torch.ones(1, 3, 200, 300))
     assert abs(seen.mean().item() - 0.7) < 0.006 and torch.equal(seen[0, 0], seen[0, 1])  # 3 standard deviations
 
 
@@ -797,7 +796,7 @@ def test_a_gradient_through_tiles_is_that_of_the_whole(trained):
     [
         ("--mask 0.5 --blur 1", ["--mask", "at a time"]),
         ("--mask text.png", ["text.png"]),
-        ("--mask small.png --input small.npy", ["--mask", "9 x 8"]),
+        ("--mask small.png --input small.npy", ["--mask", "(8, 9)"]),
         ("--blur 3 --input small.npy", ["--blur", "narrow"]),
         ("--blur -1", ["--blur"]),
         ("--enlarge 0", ["--enlarge"]),
