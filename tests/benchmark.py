@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import observations as undone  # noqa: E402
 import pictures  # noqa: E402
-
 import sde  # noqa: E402
 import train_score  # noqa: E402
 import utils  # noqa: E402

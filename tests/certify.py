@@ -14,13 +14,13 @@ in number (figures/forgetting.png), and what texture costs (figures/dial.png).
 
 from pathlib import Path
 
-import observations
-import pictures
 import torch
 from benchmark import read_model, read_noisy, watched  # first: it also puts the project on the path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import observations
+import pictures
 import sde
 import utils
 

@@ -7,13 +7,13 @@ import math
 from functools import partial
 
 import numpy as np
-import pictures
 import torch
 from PIL import Image
 from scipy import ndimage
 from skimage.restoration import inpaint_biharmonic, wiener
 
 import denoise
+import pictures
 import sde
 import utils
 
