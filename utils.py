@@ -335,7 +335,8 @@ def _read_file(path, name, white, notify):
         some = list(itertools.islice(_frames(path), 2))  # most files have one frame, and are read once; others twice
         several = len(some) > 1
         black, white, found = _value_range((p.pixels for p in (_frames(path) if several else some)), white)
-        for line in (found, some[0].note, "several frames, each a picture of its own" if several else ""):
+        frames = "several frames, each a picture of its own" if several and path.suffix.lower() != ".npy" else ""
+        for line in (found, some[0].note, frames):
             if line:
                 notify(f"'{path}': {line}")
         for k, picture in enumerate(_frames(path) if several else some):
