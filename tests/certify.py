@@ -8,15 +8,17 @@ times that error, the truth lies in a 50 % interval of the draws half of the tim
 standard deviation sigma. A sampler ends with one step from the lowest level s, which takes MMSE(s) away: the row "exact"
 says what is then true, 2 - MMSE(s) / MMSE(sigma). That step also narrows the intervals, the more the lower sigma is: the row
 "state" holds those of the state before it. The same holds for a Gaussian random field, whose denoiser is exact: what misses
-there is the sampler's fault, what misses only above it the network's. Two figures follow: what forgets y as its updates grow
-in number (figures/forgetting.png), and what texture costs (figures/dial.png).
+there is the sampler's fault, what misses only above it the network's. Three figures follow: what forgets y as its updates grow
+in number (figures/forgetting.png), what texture costs (figures/dial.png), and pictures made from nothing (figures/nothing.png).
 """
 
+import math
 from pathlib import Path
 
 import torch
 from benchmark import read_model, read_noisy, watched  # first: it also puts the project on the path
 from matplotlib.figure import Figure
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import observations
@@ -252,6 +254,21 @@ def study_dial(path, model, y, x0, sigma):
     utils.save_figure(path, figure)
 
 
+def study_nothing(path, model, count=32):
+    """Draw pictures made from pure noise alone: what the network takes for a picture."""
+    noise = sde.seeded_noise(range(SEED, SEED + count), next(model.parameters()).device)
+    start = 0.5 + model.sigma_max * noise(torch.zeros(count, 3, 32, 32, device=next(model.parameters()).device))
+    images = sde.adams(model, start, sde.noise_levels(model.sigma_max, model.sigma_min, 40, math.inf), noise=noise)
+    figure = Figure(figsize=(7.5, 3.9), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(utils.to_array(make_grid(images.clamp(0, 1), 8, padding=1, pad_value=1)), interpolation="nearest")
+    axes.set_title(
+        f"Draws from pure noise, $\\sigma$ = {model.sigma_max:g} to {model.sigma_min:g} in 40 calls, none left out", fontsize=10
+    )
+    axes.set_axis_off()
+    utils.save_figure(path, figure)
+
+
 @torch.no_grad()
 def main():
     utils.check(DRAWS >= 2 and FEW_DRAWS >= 2, "DRAWS", (DRAWS, FEW_DRAWS), "must be at least 2")
@@ -277,6 +294,7 @@ def main():
     y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, sigma, SEED, device)
     study_forgetting(Path("figures", "forgetting.png"), model, y, x0, sigma)
     study_dial(Path("figures", "dial.png"), model, y, x0, sigma)
+    study_nothing(Path("figures", "nothing.png"), model)
 
 
 if __name__ == "__main__":
