@@ -69,6 +69,7 @@ FIGURES = "auto"  # figure, animation, frames: "yes", "no", or "auto": of the bu
 SHOWN = 2  # pictures in them
 SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in OUTPUT/frames
 # -----------------------------------------------------------------------------
+defaults = utils.options(globals())
 
 
 def methods():
@@ -389,20 +390,30 @@ def caption(image, x0):
     return "" if x0 is None else f"{utils.psnr(image[None], x0[None]).item():.2f} dB"
 
 
+def panels_of_draws(seen, sigma, images, x0):
+    """Return the panels of draws (N, C, H, W) of a picture not wholly seen: what was, two draws, their mean and deviation."""
+    panels = [("as seen", seen, f"$\\sigma$ = {sigma:.3g}")]
+    panels += [(title, image, caption(image, x0)) for title, image in zip(("a draw", "another draw"), images)]
+    if len(images) > 1:
+        mean, deviation = images.mean(0), images.var(0).mean(0).sqrt()
+        white = deviation.flatten().kthvalue(math.ceil(0.99 * deviation.numel())).values
+        panels.append((f"mean of {len(images)}", mean, caption(mean, x0)))
+        panels.append(("deviation", utils.in_colour((deviation / white).clamp(max=1)), f"black 0, white {white:.2g}"))
+    return panels + ([("clean", x0, "")] if x0 is not None else [])
+
+
 def show(jobs, path):
     """Draw each picture and its middle, enlarged: noisy, on the way, one step, the results, clean; and animate the frames."""
     grid = []
     for job in jobs:
         images, (sigma, state, _) = job.results[METHOD][0], job.frames[len(job.frames) // 2]
-        panels = [("as seen" if job.A else "noisy", job.seen(), f"$\\sigma$ = {job.sigma:.3g}")]
-        panels += [("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")] * (not job.A)
-        panels += [("one step", image, caption(image, job.x0)) for image in job.results.get("mmse", [[]])[0] if METHOD != "mmse"]
+        if job.A:
+            grid.append(panels_of_draws(job.seen(), job.sigma, images, job.x0))
+            continue
+        panels = [("noisy", job.y, f"$\\sigma$ = {job.sigma:.3g}"), ("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")]
+        panels += [("one step", image, caption(image, job.x0)) for image in job.results["mmse"][0] if METHOD != "mmse"]
         titles = ("a draw", "another draw") if len(images) > 1 else (METHOD,)
         panels += [(title, image, caption(image, job.x0)) for title, image in zip(titles, images)]
-        if job.A and len(images) > 1:
-            deviation = images.var(0).mean(0).sqrt()
-            panels.append((f"mean of {len(images)}", images.mean(0), caption(images.mean(0), job.x0)))
-            panels.append(("deviation", utils.in_colour(deviation / deviation.max()), f"black 0, white {deviation.max():.2g}"))
         grid.append(panels + ([("clean", job.x0, "")] if job.x0 is not None else []))
     utils.plot_pictures(path, grid)
     utils.save_animation(path.with_suffix(".gif"), [job.frames for job in jobs])
@@ -419,7 +430,7 @@ def check_constants(model):
         draws = METHOD not in ("mmse", "langevin") and not COMPONENTS
         utils.check(draws, "METHOD", METHOD, f"must be one that draws, or ode, and --components 0, with {observed[0]}")
     for name in ("SEED", "DRAW_SEED"):
-        utils.check(0 <= globals()[name] < 2**63, name, globals()[name], "must be a number from 0 to 2^63")
+        utils.check(0 <= globals()[name] < 2**64, name, globals()[name], "must be a number from 0 to 2^64 - 1")
     for name in ("STEPS", "DRAWS"):
         value = globals()[name]
         utils.check(value is None or (isinstance(value, int) and value >= 1), name, value, "must be a whole number from 1 on")
@@ -435,13 +446,20 @@ def check_constants(model):
     utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be ve, vp or subvp")
     utils.check(FIGURES in ("auto", "yes", "no"), "FIGURES", FIGURES, "must be auto, yes or no")
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
-    if METHOD in ("mmse", "langevin"):
-        utils.check(TEXTURE == 1, "METHOD", METHOD, "must be one that goes through noise levels, for --texture")
-    elif model.sigma_min == model.sigma_max:
+    walk = [name for name in methods() if name not in ("mmse", "langevin")]
+    users = dict.fromkeys(("texture", "rho", "steps"), walk) | {
+        "draws": [name for name, method in methods().items() if method[3]]
+    }
+    users |= {"sde": ["euler", "heun"], "langevin_steps": ["langevin"], "langevin_step_size": ["langevin"]}
+    for name, known in users.items():
+        if METHOD not in known and globals()[name.upper()] != defaults[name]:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --method {METHOD}, only for {', '.join(known)}")
+    if METHOD not in walk:
+        return
+    if model.sigma_min == model.sigma_max:
         level = f"'{CHECKPOINT}' knows only {model.sigma_min:g}"
         raise ValueError(f"--method {METHOD} needs many noise levels, and {level}: use mmse or langevin")
-    else:
-        sde.noise_levels(model.sigma_max, model.sigma_min, STEPS or 20, RHO or 7.0)  # raises where RHO is too extreme
+    sde.noise_levels(model.sigma_max, model.sigma_min, STEPS or 20, RHO or 7.0)  # raises where RHO is too extreme
 
 
 def main():

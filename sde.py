@@ -34,7 +34,8 @@ class LinearSDE:
 
     def times(self, levels):
         """Return the times at which sigma(t) is each of the falling noise levels."""
-        return self.time(torch.tensor([levels[0], *(s for _, s in falling(levels))], dtype=torch.float64))
+        lower = [s for _, s in falling(levels)]
+        return self.time(torch.tensor([levels[0], *lower], dtype=torch.float64))
 
     def drift(self, t):
         """f(t) = (log alpha)'(t)."""
@@ -241,8 +242,8 @@ def adams(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 and 1, not {eta}")
-    k, x, D, slope = 1 + eta**2, y, denoiser(y, levels[0]), 0.0
-    for t, s in falling(levels):
+    steps, k, x, D, slope = falling(levels), 1 + eta**2, y, denoiser(y, levels[0]), 0.0
+    for t, s in steps:
         h = log(t / s)
         keep = exp(-k * h)
         b = 1 - (1 - keep) / (k * h)
@@ -265,8 +266,8 @@ def predictor_corrector(denoiser, y, levels, corrections=1, delta=0.1, observe=T
     Raises ValueError unless 0 < delta < 2.
     """
     _check_delta(delta)
-    sigma, x = levels[0], y
-    for t, s in falling(levels):
+    steps, sigma, x = falling(levels), levels[0], y
+    for t, s in steps:
         x = x + (1 - (s / t) ** 2) * (denoiser(x, t) - x) + sqrt(t**2 - s**2) * noise(x)
         pull = 1 / (sigma**2 - s**2) if observe else 0.0
         e = delta / (1 / s**2 + pull)
@@ -290,8 +291,8 @@ def annealed_langevin(denoiser, y, levels, delta=0.1, noise=torch.randn_like):
     call a level. Raises ValueError unless 0 < delta < 2.
     """
     _check_delta(delta)
-    sigma, x, z = float(levels[0]), y, noise(y)
-    for t, s in falling(levels):
+    steps, sigma, x, z = falling(levels), float(levels[0]), y, noise(y)
+    for t, s in steps:
         D = denoiser(x, t)
         m_t, m_s = (D + (u / sigma) ** 2 * (y - D) for u in (t, s))
         v_t, v_s = (u**2 * (1 - (u / sigma) ** 2) for u in (t, s))
@@ -522,7 +523,7 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolut
         F, G, rest = _filter(trust.sqrt()), _filter(variance * r), _filter((1 - trust) * variance * r)
         seen, equation, response = _equation(A, denoised, sigma_y)
         nearly = _stationary(lambda v: response(_filter((variance * r).sqrt())(v)), x, seen, sigma_y)
-        fill = lambda b: _conjugate_gradients(equation(G), b, nearly, 200, 1e-2)  # noqa: E731
+        fill = lambda b: _conjugate_gradients(equation(G), b, nearly, 50, 1e-2)  # noqa: E731
         V = lambda v: F(covariance(F(v))) + rest(v)  # noqa: E731
         change = _conjugate_residuals(equation(V), (y - seen).flatten(1), iterations, fill)
         if not change.abs().max() < 10:  # nor if it is NaN

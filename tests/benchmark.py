@@ -11,7 +11,7 @@
     python tests/benchmark.py --help                # every constant below is an option
 
 "results" also draws PSNR along Langevin runs (figures/langevin.png), "levels" the gain over the Wiener filter
-(figures/levels.png), and "expected" each picture's two PSNRs (figures/expected.png).
+(figures/levels.png), "expected" both PSNRs (figures/expected.png), "observations" draws (figures/observations.jpg).
 """
 
 import functools
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import observations as undone  # noqa: E402
+import observations  # noqa: E402
 import pictures  # noqa: E402
 import sde  # noqa: E402
 import train_score  # noqa: E402
@@ -112,7 +112,7 @@ def one_by_one(denoiser, y):
     return torch.from_numpy(np.stack([denoiser(array) for array in arrays])).permute(0, 3, 1, 2)
 
 
-def results(device):
+def results_table(device):
     """Return a row for each denoiser at SIGMA on the same noisy images."""
     recipe, model = (read_model(path, device, PRECISION, (SIGMA,)) for path in (RECIPE, CHECKPOINT))
     y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, SIGMA, SEED, device)
@@ -197,7 +197,7 @@ def mirrored(denoiser):
     return lambda y, sigma: (denoiser(y, sigma) + denoiser(y.flip(3), sigma).flip(3)) / 2
 
 
-def levels(device):
+def levels_table(device):
     """Return a row for each noise level: the noise, the Wiener filter, and what precision and a mirror image change."""
     model = read_model(CHECKPOINT, device, PRECISION, LEVELS)
     exact = load_model(utils.find(CHECKPOINT), device)
@@ -240,22 +240,22 @@ def first_images(device):
     return read_noisy(INPUT, DATA_DIR, COUNT, SIGMA, SEED, device)[1]
 
 
-def noise(device):
+def noise_table(device):
     """Return rows of estimates over true levels: of single CIFAR-10 images, and of photographs."""
     model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)[:200]
     single = pictures.level_rows(model, x0, NOISE_LEVELS, SEED, model.sigma_min, 2 * max(NOISE_LEVELS))
     return single + pictures.photograph_rows(model, NOISE_LEVELS, SEED)
 
 
-def files(device):
+def files_table(device):
     return pictures.codec_rows(read_model(CHECKPOINT, device, PRECISION), (0.05, 0.1, 0.2), SEED)
 
 
-def grey(device):
+def grey_table(device):
     return pictures.grey_rows(read_model(CHECKPOINT, device, PRECISION), (0.02, 0.05, 0.1, 0.2), SEED)
 
 
-def expected(device):
+def expected_table(device):
     """Return a row for each noise level, and draw the expected PSNR over the true one."""
     model, x0, rows = read_model(CHECKPOINT, device, PRECISION), first_images(device), []
     figure = Figure(figsize=(7.5, 3), layout="constrained")
@@ -272,9 +272,11 @@ def expected(device):
     return rows
 
 
-def observations(device):
+def observations_table(device):
     model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)
-    return undone.compare(model, x0, SIGMA_Y, SEED, BATCH)
+    rows, panels = observations.compare(model, x0, SIGMA_Y, SEED, BATCH)
+    utils.plot_pictures(Path("figures", "observations.jpg"), panels, detail=0)
+    return rows
 
 
 def plot_uncertainty(path, model, x0, draws=64, probes=256):
@@ -322,7 +324,7 @@ def operations(work):
     return counter.get_total_flops()
 
 
-def speed(device):
+def speed_table(device):
     """Return rows of images and operations a second: training steps, and network calls alone and within a sampler."""
     model = read_model(CHECKPOINT, device, PRECISION)
     y, t = torch.rand(BATCH, 3, 32, 32, device=device), train_score
@@ -353,7 +355,8 @@ def speed(device):
 
 @torch.no_grad()
 def main():
-    tables = {f.__name__: f for f in (results, levels, noise, files, grey, expected, observations, speed)}
+    every = (results_table, levels_table, noise_table, files_table, grey_table, expected_table, observations_table, speed_table)
+    tables = {table.__name__.removesuffix("_table"): table for table in every}
     utils.check(TABLE in tables, "TABLE", TABLE, f"must be one of {', '.join(tables)}")
     print(utils.table(tables[TABLE](utils.pick_device(DEVICE))))
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from skimage.restoration import inpaint_biharmonic, wiener
+from torch.nn.functional import interpolate
 
 import denoise
 import pictures
@@ -70,9 +71,10 @@ def each(function, y):
 def splitting(model, start, A, y, sigma_y, strength, steps=24):
     """Return the images of half-quadratic splitting with this network (Zhang et al. 2022, DPIR, eq. 6), from noise level 1.
 
-    x = argmin |y - A x|^2 / sigma_y^2 + strength |x - z|^2 / s^2 is what `observed` makes of a denoiser that gives z itself.
+    x = argmin |y - A x|^2 / sigma_y^2 + strength |x - z|^2 / s^2 is what `observed` makes of a denoiser that gives z itself, as
+    it would where every picture is as likely as any other.
     """
-    data = sde.observed(lambda x, sigma: 1 * x, y, A, sigma_y, iterations=20, resolution=0)
+    data = sde.observed(lambda x, sigma: 1 * x, y, A, sigma_y, power=lambda x: torch.full_like(x[0], 1e9), resolution=0)
     z = start
     for s in sde.noise_levels(1.0, sigma_y, steps, math.inf):
         z = model(data(z, float(s) / math.sqrt(strength)), s)
@@ -80,11 +82,12 @@ def splitting(model, start, A, y, sigma_y, strength, steps=24):
 
 
 def compare(model, x0, sigma_y, seed, batch, count=8):
-    """Return a row for each observation and way to undo it; strengths are the best for these very images."""
-    rows, best = [], partial(max, key=lambda images: utils.psnr(images, x0).mean().item())
+    """Return a row for each observation and way to undo it, its strength the best for these images, and panels of the first."""
+    rows, panels, best = [], [], partial(max, key=lambda images: utils.psnr(images, x0).mean().item())
     for name in OBSERVATIONS:
         A, y = observe(name, x0, sigma_y, seed)
         found = draws(model, x0, A, y, sigma_y, count, batch, seed)
+        panels.append(denoise.panels_of_draws(interpolate(y, x0.shape[2:], mode="nearest")[0], sigma_y, found[:, 0], x0[0]))
         others = {label: best(tried) for label, tried in classical(name, y).items()}
         ours = {"one draw": (found[0], 30, 90), f"mean of {count}": (found.mean(0), 30 * count, 90 * count)}
         tried = [splitting(model, best(others.values()), A, y, sigma_y, strength) for strength in (0.1, 0.23, 0.5, 1.0)]
@@ -94,4 +97,4 @@ def compare(model, x0, sigma_y, seed, batch, count=8):
             row = {"observation": name, "method": label, "PSNR dB": psnr.mean().item()}
             row |= {"±": psnr.std().item() / math.sqrt(len(psnr)), "SSIM": utils.ssim(images, x0).mean()}
             rows.append(row | {"network calls": calls, "backwards": backwards})
-    return rows
+    return rows, panels

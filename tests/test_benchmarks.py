@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import observations
 import utils
 from model import ScoreModel
 
@@ -79,6 +80,26 @@ def test_operations_are_those_of_a_convolution():
     assert benchmark.operations(lambda: layer(x)) == 2 * 9 * 8 * 16 * 25 * 2
 
 
+def test_the_data_step_of_splitting_weighs_what_is_seen_against_what_was_thought():
+    # x = argmin |y - x|^2 / sigma_y^2 + strength |x - z|^2 / s^2 where seen, and z elsewhere; the network doubles.
+    start = 0.5 + 0.1 * normal(2, 3, 8, 8, seed=0)
+    A, y = observations.observe("half of the pixels", start, 0.1, 0)
+    seen = A(torch.ones_like(start))
+    weights = seen / 0.1**2, 0.23 / torch.ones_like(start)
+    expected = 2 * (weights[0] * y + weights[1] * start) / sum(weights)
+    found = observations.splitting(lambda x, sigma: 2 * x, start, A, y, 0.1, 0.23, steps=1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_noise_classical_means_undo_what_was_done_to_a_smooth_picture():
+    wave = torch.linspace(0, 3, 32).sin()
+    x0 = (0.5 + 0.3 * wave[:, None] * wave).expand(1, 3, 32, 32)
+    for name in observations.OBSERVATIONS:
+        _, y = observations.observe(name, x0, 1e-6, 0)
+        for label, tried in observations.classical(name, y).items():
+            assert max(utils.psnr(images, x0).item() for images in tried) > 40, label
+
+
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     """A folder with untrained networks and a few patches."""
@@ -104,12 +125,18 @@ def networks(tmp_path_factory):
         ("benchmark.py", "--table levels --levels 0.1 0.5 --train patches.npy", "0.1|0.5|float32, gain", ["levels"]),
         ("benchmark.py", "--table noise --noise-levels 0.1", "8 bit|within 4%", []),
         ("benchmark.py", "--table expected", "0.05|correlation|two maps", ["expected", "uncertainty"]),
+        (
+            "benchmark.py",
+            "--table observations",
+            "mean of 8|splitting|biharmonic|Wiener|Lanczos",
+            ["observations.jpg"],
+        ),
         ("benchmark.py", "--table speed --seconds 0.01 --batch 2 --steps 2", "training|network alone|within `adams`", []),
         (
             "certify.py",
             "--sigmas 0.1 --draws 3 --few-draws 2 --observed 2",
             "exact|`adams`, 20|annealed_langevin|Gaussian random field|half size|error at 0.1",
-            ["forgetting", "dial"],
+            ["forgetting", "dial", "nothing"],
         ),
     ],
 )
@@ -122,4 +149,4 @@ def test_every_table_and_figure_can_be_made(networks, tmp_path, script, line, wo
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words.split("|")), done.stdout
     for name in figures:
-        assert Image.open(tmp_path / "figures" / f"{name}.png").width > 500
+        assert Image.open(tmp_path / "figures" / (name if "." in name else f"{name}.png")).width > 500

@@ -87,12 +87,13 @@ def relative_error(found, D, change):
 
 
 @everywhere
-@pytest.mark.parametrize("s", [0.01, 0.1, 1.0, 20.0])
-def test_the_posterior_denoiser_is_the_closed_form(A, s):
-    # The preconditioner is solved to 1e-2, so each of the 3 iterations takes two digits off the error.
+@pytest.mark.parametrize("s, iterations", [(0.01, 3), (0.1, 3), (1.0, 3), (20.0, 8)])
+def test_the_posterior_denoiser_is_the_closed_form(A, s, iterations):
+    # The preconditioner is solved to 1e-2, so each iteration takes two digits off the error; at 20 it is not quite.
     x0, y = picture_and_observation(A)
     x = x0 + s * images(seed=5)
-    assert relative_error(sde.observed(gaussian_denoiser, y, A, SIGMA_Y)(x, s), *closed_form(A, y, x, s)) < 1e-5
+    found = sde.observed(gaussian_denoiser, y, A, SIGMA_Y, iterations=iterations)(x, s)
+    assert relative_error(found, *closed_form(A, y, x, s)) < 1e-5
 
 
 @everywhere

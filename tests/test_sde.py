@@ -140,7 +140,7 @@ def test_levels_that_cannot_be_are_refused(wrong):
 
 
 @pytest.mark.parametrize("sampler", EVERY_SAMPLER)
-@pytest.mark.parametrize("levels", [[0.1, 0.5], [0.5, 0.5], [0.5, 0.0], [math.nan, 0.1], [math.inf, 0.1]])
+@pytest.mark.parametrize("levels", [[], [0.1, 0.5], [0.5, 0.5], [0.5, 0.0], [math.nan, 0.1], [math.inf, 0.1]])
 def test_samplers_refuse_levels_that_do_not_fall(sampler, levels):
     with pytest.raises(ValueError, match="falling"):
         sampler(gaussian(), torch.rand(1, 3, 4, 4), levels)
