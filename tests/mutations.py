@@ -1,0 +1,190 @@
+"""Put small wrong changes into the code, one at a time, and count those that the tests notice.
+
+    python tests/mutations.py               # all of them, some 20 minutes
+    python tests/mutations.py --only eta    # those with this word in their description
+
+Each line below a file's name is: what is wrong ¦ the right text, which the file holds once ¦ the wrong text ¦ the tests that
+must fail (a group, or a file of tests and pytest's -k). ⏎ stands for the end of a line.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+
+# -----------------------------------------------------------------------------
+ONLY = ""  # a word; changes without it in their description are left out
+# -----------------------------------------------------------------------------
+
+groups = {
+    "training": "scripts: epoch_shows or noise_level_from or flipped or every_seed or validation_measures or shares or climbs or "
+    "its_recipe or first_step or stopped_twice or tells_its_story or is_a_table or that_is_kept or divergence or starts_from or "
+    "go_on_from",
+    "denoising": "scripts: each_method or noise_can_be or writes_what or a_large_picture or several_sizes or own_picture or "
+    "does_not_depend or denoising_refuses or texture or pixels or a_folder or one_size or observ or alpha_grows or share_is",
+}
+listed = """
+train_score.py
+    last weights kept ¦ "weights": self.averaged.state_dict() ¦ "weights": self.model.state_dict() ¦ training
+    levels from the lowest slice ¦ u = (torch.arange(len(x0), device=x0.device) + torch.rand ¦ u = (0 + torch.rand ¦ training
+    noise ignores seed ¦ torch.randn(x0.shape, device=x0.device, generator=rng) ¦ torch.randn(x0.shape, device=x0.device, generator=generator(0, 2, step, x0.device)) ¦ training
+    order ignores seed ¦ generator=generator(seed, 0, epoch ¦ generator=generator(0, 0, epoch ¦ training
+    flips ignore seed ¦ flipped = torch.rand(len(x0), device=x0.device, generator=rng) ¦ flipped = torch.rand(len(x0), device=x0.device, generator=generator(0, 3, step, x0.device)) ¦ training
+    initial weights ignore seed ¦ torch.manual_seed(SEED) ¦ torch.manual_seed(0) ¦ training
+    main's batches ignore seed ¦ FLIP, law, SEED) ¦ FLIP, law, 0) ¦ training
+    flips never ¦     if flip: ¦     if flip and False: ¦ training
+    flips upside down ¦ x0.flip(3) ¦ x0.flip(2) ¦ training
+    Muon's rate never updated ¦ for optimizer in self.optimizers:⏎                optimizer.param_groups[0]["lr"] = lr⏎ ¦ for optimizer in self.optimizers:⏎                self.optimizers[0].param_groups[0]["lr"] = lr⏎ ¦ training
+    resume drops seconds ¦ self.saved - float(kept["seconds"]) ¦ self.saved ¦ training
+    resume drops loss sum ¦             self.loss_sum.copy_(kept["loss_sum"])⏎ ¦  ¦ training
+    resume drops losses ¦ for step, loss in kept["losses"]] ¦ for step, loss in []] ¦ training
+    earlier not added up ¦ init.info[name] + init.info.get("earlier", {}).get(name, 0) ¦ init.info[name] ¦ training
+    validation with twice the noise ¦ model(x0 + sigma * z, sigma) ¦ model(x0 + 2 * sigma * z, sigma) ¦ training
+    training levels even in sigma ¦     return log_sigma.exp() ¦     return sigma_min + u * (sigma_max - sigma_min) ¦ model: log_uniform
+    typical error at high levels ¦ sigma**2 / 0.07 ¦ sigma**2 / 0.1 ¦ model: typical or loss
+    tails of another width ¦ (1 - tails, 1.0) ¦ (1 - 2 * tails, 1.0) ¦ model: log_uniform
+    images over 256 ¦ .float() / 255  # (B ¦ .float() / 256  # (B ¦ training
+    warmup from zero ¦ (step + 1) / warmup ¦ step / warmup ¦ training
+    decay inverted ¦ (1 - step / steps) / decay ¦ (1 - step / steps) * decay ¦ training
+    Muon for the last convolution ¦ convolutions[1:-1] ¦ convolutions[1:] ¦ model: muon
+    Muon's other scale ¦ "match_rms_adamw" ¦ "original" ¦ model: muon
+    average starts slower ¦ self.step / (self.step + 9) ¦ self.step / (self.step + 99) ¦ training
+    no clipping ¦             nn.utils.clip_grad_norm_(parameters, clip)⏎ ¦  ¦ training
+    divergence later ¦ loss <= 10 * lowest ¦ loss <= 1000 * lowest ¦ training
+    trained on validation images ¦ return images[:-VAL_IMAGES], images ¦ return images, images ¦ training
+    ema may change on the way ¦ free = ("epochs",  ¦ free = ("ema", "epochs",  ¦ scripts: beyond_its_end
+    optimiser's memory not restored ¦                 restore_optimizer(optimizer, saved["state"], memory if self.step else set())⏎ ¦                 memory⏎ ¦ training
+    average not restored ¦             restore(self.averaged, kept["averaged"])⏎ ¦  ¦ training
+    table before it is whole ¦                     training.draw()⏎ ¦  ¦ training
+model.py
+    weights_only False ¦ weights_only=True ¦ weights_only=False ¦ model: runs_no_code
+    sigma_data 0.3 ¦ sigma_data = 0.25 ¦ sigma_data = 0.3 ¦ model: untrained or precond or spread or shipped or outside
+    film not zero at the start ¦ for parameter in (self.film.weight, self.film.bias, self.conv2.weight ¦ for parameter in (self.conv2.weight ¦ model
+    checksum not checked ¦ if archive.testzip(): ¦ if False: ¦ model: damaged
+    embedding's range ¦ torch.logspace(-2, 2, ¦ torch.logspace(-2, 3, ¦ model
+    attention sees the padding ¦         if any(padding): ¦         if False: ¦ model: attention
+    attention's temperature ¦ / 32**0.5 ¦ / 32 ¦ model: attention
+    no skips ¦ h = self.up[i](h) + skips[i] ¦ h = self.up[i](h) ¦ model
+    pads with zeros ¦ mode="replicate" ¦ mode="constant" ¦ model: padding or size
+    level not clamped ¦ .clamp(self.sigma_min, self.sigma_max).log() ¦ .log() ¦ model: outside
+    film shift forgotten ¦ torch.addcmul(h + shift, h, scale) ¦ torch.addcmul(h, h, scale) ¦ model
+    not finite weights pass ¦         if not value.isfinite().all(): ¦         if False: ¦ model: none_of_ours
+    network left in training mode ¦ return model.eval().requires_grad_(False) ¦ return model.requires_grad_(False) ¦ model: bit_for_bit
+denoise.py
+    added noise ignores seed ¦ default_rng(SEED) ¦ default_rng(0) ¦ denoising
+    draw ignores draw-seed ¦ f"{DRAW_SEED} {draw}" ¦ f"{draw}" ¦ denoising
+    draw ignores pixels ¦ zlib.crc32(self.y.contiguous().numpy()) ¦ 0 ¦ denoising
+    texture ignored ¦ ) ** TEXTURE, ¦ ), ¦ denoising
+    rho ignored ¦ steps, RHO or rho) ¦ steps, rho) ¦ denoising
+    count ignored ¦ , notify, failed), COUNT) ¦ , notify, failed), None) ¦ denoising
+    one step holds the method's result ¦ ("mmse", sde.adams, levels[:1], 0) ¦ ("mmse", sampler, levels, 0) ¦ denoising
+    batches of several levels ¦ (batch[0].y.shape, batch[0].sigma) != (job.y.shape, job.sigma) ¦ batch[0].y.shape != job.y.shape ¦ denoising
+    all draws alike ¦ [job.seed(draw) for job in jobs] ¦ [job.seed(0) for job in jobs] ¦ denoising
+    mean of draws is the first ¦ [images.mean(0, keepdim=True), len ¦ [images[:1], len ¦ denoising
+    mask inverted ¦ from_numpy(~missing) ¦ from_numpy(missing) ¦ denoising
+    observation from the noisy start ¦ 0.5 + levels[0] * noise(like) if A else y ¦ like.zero_() if A else y ¦ denoising
+    levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ denoising
+    own picture cut, not enlarged ¦ n // ENLARGE * ENLARGE if made else n * ENLARGE ¦ n // ENLARGE * ENLARGE ¦ denoising
+utils.py
+    SIGINT not handled ¦ for number in (signal.SIGINT, signal.SIGTERM) ¦ for number in (signal.SIGTERM,) ¦ utils: signal
+    ssim window ¦ "sigma": 1.5 ¦ "sigma": 3.0 ¦ utils: ssim
+    ssim without Gaussian weights ¦ "gaussian_weights": True ¦ "gaussian_weights": False ¦ utils: ssim
+    tiles off the grid ¦ // 32 * 32 if height ¦ if height ¦ utils scripts: tiles or large_picture
+    shares weigh alike ¦ len(range(rank, count, world)) / count ¦ 1 / world ¦ training
+    psnr not clipped ¦ images.clamp(0, 1).double() - x0 ¦ images.double() - x0 ¦ utils: psnr
+    readable by the owner alone ¦         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read⏎ ¦  ¦ utils pictures
+    halo forgotten ¦ top - up : top + size + halo, left ¦ top - up : top + size, left ¦ utils scripts: tiles or large_picture
+    the lock is shared ¦ fcntl.LOCK_EX |  ¦ fcntl.LOCK_SH |  ¦ utils: process
+    each image the same noise ¦ rng = np.random.default_rng(seed)⏎    return ¦ return ¦ utils: noise
+    pictures truncated, not rounded ¦ (x.clamp(0, 1) * 255).round().byte() ¦ (x.clamp(0, 1) * 255).byte() ¦ utils: saved
+sde.py
+    levels even in sigma ¦ levels = (a + ramp * (b - a)) ** rho ¦ levels = sigma + ramp * (sigma_min - sigma) ¦ sde: fall_evenly
+    Adams extrapolates by the wrong step ¦ (D_s - D) / h, D_s  # correct ¦ (D_s - D), D_s  # correct ¦ sde: adams or orders or order
+    Adams' k between eta 0 and 1 ¦ falling(levels), 1 + eta**2, y ¦ falling(levels), 1 + eta, y ¦ sde: eta or adams
+    Adams' noise ¦ sqrt(-expm1(-2 * eta**2 * h)) ¦ sqrt(-expm1(-(eta**2) * h)) ¦ sde: adams or order
+    ancestral noise ¦ v = eta * s * sqrt(1 - (s / t) ** 2) ¦ v = eta * s * sqrt(1 - s / t) ¦ sde: order or published
+    corrector's noise ¦ sqrt((2 - delta) * e) ¦ sqrt(2 * e) ¦ sde: correct
+    annealed noise ¦ + sqrt(e / 2) * (z_before ¦ + sqrt(e) * (z_before ¦ sde: annealed or order
+    Langevin's noise ¦ sqrt(2 * step_size * temperature) ¦ sqrt(step_size * temperature) ¦ sde: angevin
+    last division by alpha ¦     return denoiser(x / sde.alpha(times[-1]), levels[-1])⏎⏎⏎def probability ¦     return denoiser(x, levels[-1])⏎⏎⏎def probability ¦ sde: reverse or draws
+    signs become Gaussians ¦ signs = [noise(y).sign() for ¦ signs = [noise(y) for ¦ uncertainty
+    components rise ¦ return variances.flip(1),  ¦ return variances,  ¦ uncertainty
+    grey noise too weak ¦ zero_sum = math.sqrt(3) * ¦ zero_sum = math.sqrt(2) * ¦ uncertainty
+    all of what is unresolved is trusted ¦ F, G, rest = _filter(trust.sqrt()) ¦ F, G, rest = _filter(trust) ¦ observations
+    noise of what was seen not squared ¦ return lifted.flatten(1), sigma_y**2 * u ¦ return lifted.flatten(1), sigma_y * u ¦ observations
+    directions not made orthogonal ¦             lifted, q = lifted - share * before[0], q - share * before[1]⏎ ¦             q = q - share * before[1]⏎ ¦ observations
+    a level judged by all of a picture ¦ v = project(torch.randn ¦ v = (torch.randn ¦ uncertainty
+    noise level's bracket upside down ¦ torch.where(excess > 0, s, below), torch.where(excess > 0, above, s) ¦ torch.where(excess > 0, below, s), torch.where(excess > 0, s, above) ¦ uncertainty
+"""  # noqa: E501
+
+
+@dataclass
+class Change:
+    what: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+def changes():
+    """Return all listed changes."""
+    found, file = [], None
+    for line in filter(None, listed.splitlines()):
+        if line[0] != " ":
+            file = line
+            continue
+        what, right, wrong, tests = line.removeprefix("    ").split(" ¦ ")
+        found.append(Change(what, file, right.replace("⏎", "\n"), wrong.replace("⏎", "\n"), groups.get(tests, tests)))
+    return found
+
+
+def noticed(change):
+    """Whether the tests fail on a copy of the project with the change; raises ValueError if its text is not there once."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "project")
+        shutil.copytree(
+            ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "figures", "data", "output", "*_resume.pt")
+        )
+        text = (copy / change.file).read_text(encoding="utf-8")
+        if text.count(change.right) != 1:
+            raise ValueError(f"{change.file} holds {text.count(change.right)} times what '{change.what}' changes")
+        (copy / change.file).write_text(text.replace(change.right, change.wrong), encoding="utf-8")
+        files, _, words = change.tests.partition(": ")
+        tests = [f"tests/test_{name}.py" for name in files.split()]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+            *(["-k", words] if words else []),
+        ]
+        code = subprocess.run(command, cwd=copy, capture_output=True).returncode
+        if code not in (0, 1):
+            raise ValueError(f"the tests of '{change.what}' could not be run: pytest ended with {code}")
+        return code == 1
+
+
+def main():
+    rows = []
+    for change in tqdm([change for change in changes() if ONLY in change.what]):
+        rows.append({"file": change.file, "what is wrong": change.what, "noticed": "yes" if noticed(change) else "NO"})
+    print(utils.table(rows))
+    print(f"{sum(row['noticed'] == 'yes' for row in rows)} of {len(rows)} wrong changes noticed")
+
+
+if __name__ == "__main__":
+    utils.run_script(main, globals())
