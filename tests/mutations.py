@@ -152,27 +152,16 @@ def noticed(change):
     """Whether the tests fail on a copy of the project with the change; raises ValueError if its text is not there once."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "project")
-        shutil.copytree(
-            ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "figures", "data", "output", "*_resume.pt")
-        )
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "figures", "data", "output", "*_resume.pt")
+        shutil.copytree(ROOT, copy, ignore=ignored)
         text = (copy / change.file).read_text(encoding="utf-8")
         if text.count(change.right) != 1:
             raise ValueError(f"{change.file} holds {text.count(change.right)} times what '{change.what}' changes")
         (copy / change.file).write_text(text.replace(change.right, change.wrong), encoding="utf-8")
         files, _, words = change.tests.partition(": ")
         tests = [f"tests/test_{name}.py" for name in files.split()]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *tests,
-            *(["-k", words] if words else []),
-        ]
-        code = subprocess.run(command, cwd=copy, capture_output=True).returncode
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        code = subprocess.run(command + ["-k", words] * bool(words), cwd=copy, capture_output=True).returncode
         if code not in (0, 1):
             raise ValueError(f"the tests of '{change.what}' could not be run: pytest ended with {code}")
         return code == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import benchmark
 import certify
+import mutations
 import numpy as np
 import pytest
 import torch
@@ -98,6 +99,12 @@ def test_without_noise_classical_means_undo_what_was_done_to_a_smooth_picture():
         _, y = observations.observe(name, x0, 1e-6, 0)
         for label, tried in observations.classical(name, y).items():
             assert max(utils.psnr(images, x0).item() for images in tried) > 40, label
+
+
+def test_every_wrong_change_has_one_place_in_the_code():
+    for change in mutations.changes():
+        assert (ROOT / change.file).read_text(encoding="utf-8").count(change.right) == 1, change.what
+        assert change.right != change.wrong
 
 
 @pytest.fixture(scope="module")

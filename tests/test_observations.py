@@ -89,7 +89,7 @@ def relative_error(found, D, change):
 @everywhere
 @pytest.mark.parametrize("s, iterations", [(0.01, 3), (0.1, 3), (1.0, 5), (20.0, 10)])
 def test_the_posterior_denoiser_is_the_closed_form(A, s, iterations):
-    # The preconditioner is solved to 1e-2, so or in 50 steps: each iteration takes about two digits off the error, fewer from 1 on.
+    # The preconditioner is solved to 1e-2, or in 50 steps; so each iteration takes two digits off the error, fewer from 1 on.
     x0, y = picture_and_observation(A)
     x = x0 + s * images(seed=5)
     found = sde.observed(gaussian_denoiser, y, A, SIGMA_Y, iterations=iterations)(x, s)
