@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+project = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(project))
 
 import utils  # noqa: E402
 
@@ -151,9 +151,9 @@ def changes():
 def noticed(change):
     """Whether the tests fail on a copy of the project with the change; raises ValueError if its text is not there once."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "project")
+        copy = Path(folder, "copy")
         ignored = shutil.ignore_patterns(".*", "__pycache__", "figures", "data", "output", "*_resume.pt")
-        shutil.copytree(ROOT, copy, ignore=ignored)
+        shutil.copytree(project, copy, ignore=ignored)
         text = (copy / change.file).read_text(encoding="utf-8")
         if text.count(change.right) != 1:
             raise ValueError(f"{change.file} holds {text.count(change.right)} times what '{change.what}' changes")
