@@ -262,7 +262,7 @@ def batches(jobs):
     """Yield lists of neighbouring jobs that share their size and noise level, at most BATCH_PIXELS pixels together."""
     batch = []
     for job in jobs:
-        full = (len(batch) + 1) * job.y[0].numel() > BATCH_PIXELS
+        full = (len(batch) + 1) * math.prod(job.picture.shape[:2]) > BATCH_PIXELS
         if batch and (full or (batch[0].y.shape, batch[0].sigma) != (job.y.shape, job.sigma)):
             yield batch
             batch = []
@@ -277,10 +277,8 @@ def draws_of(job):
 
 def calls(job):
     """Return about how often a picture goes through the network, for the progress bar."""
-    _, _, calls_a_level, _ = methods()[METHOD]
-    return len(job.levels) * calls_a_level * draws_of(job) + (
-        0 if job.A else (METHOD != "mmse") + (job.x0 is None and PROBES > 0)
-    )
+    others = 0 if job.A else (METHOD != "mmse") + (job.x0 is None and PROBES > 0)
+    return len(job.levels) * methods()[METHOD][2] * draws_of(job) + others
 
 
 def denoise(model, jobs, device, filmed, bar=None):
@@ -475,7 +473,7 @@ def main():
         for batch in batches(jobs):
             asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
             filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
-            bar.total = (bar.total or 0) + sum(job.y[0].numel() for job in batch) * calls(batch[0])
+            bar.total = (bar.total or 0) + len(batch) * math.prod(batch[0].picture.shape[:2]) * calls(batch[0])
             denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
                 if not job.A and (count < 16 or job.x0 is None):

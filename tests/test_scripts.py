@@ -588,7 +588,8 @@ def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
 def test_a_batch_has_one_size_and_one_level(monkeypatch):
     monkeypatch.setattr(denoise, "BATCH_PIXELS", 3 * 64)
     kinds = [(8, 0.1)] * 4 + [(8, 0.2), (4, 0.2), (4, 0.2), (8, 0.1)]
-    jobs = [denoise.Job(None, torch.zeros(3, size, 8), None, level, LEVELS) for size, level in kinds]
+    pictures = [utils.Picture(None, (size, 8), None) for size, _ in kinds]
+    jobs = [denoise.Job(p, torch.zeros(3, size, 8), None, level, LEVELS) for p, (size, level) in zip(pictures, kinds)]
     found = [[next(k for k, other in enumerate(jobs) if other is job) for job in batch] for batch in denoise.batches(jobs)]
     assert found == [[0, 1, 2], [3], [4], [5, 6], [7]]
 
