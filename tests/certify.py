@@ -12,12 +12,15 @@ there is the sampler's fault, what misses only above it the network's. Three fig
 in number (figures/forgetting.png), what texture costs (figures/dial.png), and pictures made from nothing (figures/nothing.png).
 """
 
+import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from benchmark import read_model, read_noisy, watched  # first: it also puts the project on the path
 from matplotlib.figure import Figure
+from scipy import fft
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -158,6 +161,37 @@ def summary(found):
     return table
 
 
+def natural_field(shape):
+    """Return the denoiser of a Gaussian prior whose discrete cosines have the variances that `observed` expects by default."""
+    gain = sde.natural_power(torch.zeros(shape)).double().numpy()
+    cosines = fft.dctn(np.eye(gain.size).reshape(-1, *gain.shape), axes=(1, 2, 3), norm="ortho").reshape(gain.size, -1)
+    basis, gain = torch.from_numpy(cosines), torch.from_numpy(gain).flatten()
+    return lambda x, s: 0.5 + (((x - 0.5).flatten(1) @ basis) * (gain / (gain + s**2)) @ basis.T).view_as(x)
+
+
+def certify_exactness(sigma_y, iterations=(1, 2, 3, 5, 10)):
+    """Return a row for each prior, observation and level: the error of `observed` over what y changes, by iterations.
+
+    The posterior mean is known: with V = Cov[x0 | x] and A as matrices, D + V A^T (sigma_y^2 + A V A^T)^-1 (y - A D).
+    """
+    x0, field = gaussian_field((1, 3, 16, 16), SEED, "cpu")
+    x0, unit, rows = x0.double(), torch.eye(x0.numel(), dtype=torch.float64).view(-1, *x0.shape[1:]), []
+    matrix = lambda linear: (linear(unit) - linear(torch.zeros_like(unit[:1]))).flatten(1).T  # noqa: E731
+    for prior, denoiser in (("like natural pictures", natural_field(x0.shape)), ("with independent colours", field)):
+        for name, s in itertools.product(observations.OBSERVATIONS, (0.2, 1.0)):
+            A, y = observations.observe(name, x0, sigma_y, SEED)
+            x = x0 + s * torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED + 2)).double()
+            D, H, V = denoiser(x, s), matrix(A), s**2 * matrix(lambda v, f=denoiser, s=s: f(v, s))
+            system = H @ V @ H.T + sigma_y**2 * torch.eye(len(H), dtype=torch.float64)
+            due = (V @ H.T @ torch.linalg.solve(system, (y - A(D)).flatten())).view_as(x)
+            row = {"a Gaussian prior": prior, "observation": name, "level": f"{s:g}"}
+            for k in iterations:
+                found = sde.observed(denoiser, y, A, sigma_y, iterations=k, resolution=0)(x, s)
+                row[f"after {k}"] = f"{((found - D - due).norm() / due.norm()).item():.0e}"
+            rows.append(row)
+    return rows
+
+
 def certify_observations(model, x0, sigma_y, count=9):
     """Return a row for each observation: draws spread as far as their mean is off, and intervals hold the truth, or not."""
     rows = []
@@ -286,6 +320,7 @@ def main():
         found[sigma] = rows, certify(denoiser, field + sigma * noise, field, sigma, model.sigma_min)
         print(utils.table(found[sigma][1]), flush=True)
     print(f"\nall of it in short\n{utils.table(summary(found))}", flush=True)
+    print(f"\nhow exact `observed` is on a Gaussian prior\n{utils.table(certify_exactness(SIGMA_Y))}", flush=True)
     if OBSERVED:
         _, x0 = read_noisy(INPUT, DATA_DIR, OBSERVED, SIGMA_Y, SEED, device)
         print(f"\n{OBSERVED} images observed with noise of {SIGMA_Y:g}, from pure noise in 30 levels")
