@@ -85,7 +85,7 @@ class WindowAttention(nn.Module):
 
     Queries and keys are normalised (Henry et al. 2020), so that no logit grows beyond sqrt(32). Windows are aligned to the
     first pixel; those at the far edges are as large as what is left of the picture. The attention is written out, since the
-    library's own is slower here on a CPU, the more so backwards.
+    library's own is slower here on a CPU, the more so backwards; some windows at a time, which is faster and takes less memory.
     """
 
     def __init__(self, channels, window):
@@ -104,12 +104,15 @@ class WindowAttention(nn.Module):
             t = F.pad(t, padding).permute(0, 2, 3, 1).unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)
             return t.reshape(-1, w * w, heads, t.shape[-1] // heads).transpose(1, 2)
 
+        def attend(q, k, v, there):  # -> (windows, w * w, heads, 32)
+            logits = F.rms_norm(q, (32,)) @ F.rms_norm(k, (32,)).transpose(2, 3) / 32**0.5
+            if any(padding):  # nobody looks at what is not there
+                logits = logits.masked_fill(~there, -math.inf)
+            return (logits.softmax(-1) @ v).transpose(1, 2)
+
         q, k, v = (windows(t, t.shape[1] // 32) for t in self.qkv(x).chunk(3, dim=1))
-        logits = F.rms_norm(q, (32,)) @ F.rms_norm(k, (32,)).transpose(2, 3) / 32**0.5
-        if any(padding):  # nobody looks at what is not there
-            there = windows(torch.ones_like(x[:, :1]), 1).transpose(2, 3) > 0
-            logits = logits.masked_fill(~there, -math.inf)
-        h = (logits.softmax(-1) @ v).transpose(1, 2)  # (B * windows, w * w, heads, 32)
+        there = windows(torch.ones_like(x[:, :1]), 1).transpose(2, 3) > 0
+        h = torch.cat([attend(*some) for some in zip(*(t.split(32) for t in (q, k, v, there)))])
         h = h.reshape(len(x), -(-height // w), -(-width // w), w, w, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return x + self.out(h[:, :height, :width].permute(0, 3, 1, 2))
 
