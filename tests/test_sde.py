@@ -146,6 +146,30 @@ def test_samplers_refuse_levels_that_do_not_fall(sampler, levels):
         sampler(gaussian(), torch.rand(1, 3, 4, 4), levels)
 
 
+def test_the_noise_of_a_part_is_that_of_the_whole_there():
+    x, size = torch.zeros(2, 3, 90, 70), (90, 70)
+    whole, part = (sde.seeded_noise([5, 6], size=size, place=place, block=32) for place in ((0, 0), (20, 40)))
+    for _ in range(2):
+        assert torch.equal(part(x[:, :, 20:75, 40:70]), whole(x)[:, :, 20:75, 40:70])
+
+
+def test_noise_in_blocks_is_unit_gaussian_and_independent():
+    noise = sde.seeded_noise([5, 6], block=16)
+    draws = torch.stack([noise(torch.zeros(2, 3, 128, 128)) for _ in range(2)])  # (call, image, channel, row, column)
+    blocks = draws.unfold(3, 16, 16).unfold(4, 16, 16).permute(0, 1, 3, 4, 2, 5, 6).reshape(256, 768).double()
+    n = blocks.numel()
+    for power, moment, error in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # variances of the powers of a Gaussian
+        assert abs((blocks**power).mean() - moment) < 4 * math.sqrt(error / n)
+    correlations = (blocks @ blocks.T / 768)[torch.ones(256, 256).triu(1) > 0]
+    assert correlations.abs().max() < 5.5 / math.sqrt(768)  # of 32,640
+
+
+def test_a_picture_of_one_block_has_one_stream_of_noise():
+    x, rng = torch.zeros(1, 3, 512, 40), torch.Generator().manual_seed(7)
+    noise = sde.seeded_noise([7])
+    assert all(torch.equal(noise(x)[0], torch.randn(3, 512, 40, generator=rng)) for _ in range(2))
+
+
 @pytest.mark.parametrize("sampler", POSTERIOR_SAMPLERS)
 def test_one_seed_per_image_makes_a_draw_independent_of_its_batch(sampler):
     y, levels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), noise_levels(SIGMA, 0.01, 5)
