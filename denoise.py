@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
-from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 import sde
@@ -103,13 +102,14 @@ class Job:
     levels: torch.Tensor  # falling noise levels, from where the sampler starts
     A: Callable | None = None  # (B, C, H, W) -> (B, C, h, w), of which y is the noisy result, if y is not the picture itself
     results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W), network calls, seconds]
-    variance: torch.Tensor | None = None  # of each value of x0 given y
+    error: float | None = None  # expected squared error of the one-step estimate: the mean variance of a value of x0 given y
     components: tuple = ()  # main directions of doubt: standard deviations (K,) and directions (K, C, H, W)
     frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
 
     def seed(self, draw):
         """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
-        return zlib.crc32(f"{DRAW_SEED} {draw}".encode(), zlib.crc32(self.y.contiguous().numpy()))
+        pixels = functools.reduce(lambda crc, channel: zlib.crc32(channel.contiguous().numpy(), crc), self.y, 0)
+        return zlib.crc32(f"{DRAW_SEED} {draw}".encode(), pixels)
 
     def seen(self):
         """Return y in the size of the result."""
@@ -128,8 +128,8 @@ class Job:
             if self.x0 is not None:
                 x0 = self.x0.expand_as(images)
                 row |= {"PSNR dB": utils.psnr(images, x0).mean().item(), "SSIM": utils.ssim(images, x0).mean()}
-            if self.variance is not None:
-                row["expected PSNR"] = -10 * math.log10(max(self.variance.mean().item(), 1e-10)) if method == "mmse" else ""
+            if self.error is not None:
+                row["expected PSNR"] = -10 * math.log10(max(self.error, 1e-10)) if method == "mmse" else ""
             rows.append(row | {"calls": calls, "seconds": seconds})
         return rows
 
@@ -187,14 +187,17 @@ def remarks(denoiser, tiles, sigma, low, part):
     return ", ".join(found) + ": expect less of the result" * bool(found)
 
 
-def of_any_kind(denoiser):
-    """Return a denoiser of pictures with three channels or, through the complementary noise of `sde.grey`, with one."""
+def of_any_kind(denoiser, size=None, place=(0, 0)):
+    """Return a denoiser of pictures with three channels or, through the complementary noise of `sde.grey`, with one.
+
+    size, place: of a picture of which a part is denoised, see sde.seeded_noise.
+    """
 
     def denoise_kind(x, sigma):
         if x.shape[1] == 3:
             return denoiser(x, sigma)
-        e = torch.randn(1, 3, *x.shape[2:], generator=torch.Generator().manual_seed(0)).to(x)
-        return sde.grey(denoiser, e)(x, sigma)
+        e = sde.seeded_noise([0], size=size, place=place)(torch.empty(1, 3, *x.shape[2:]))
+        return sde.grey(denoiser, e.to(x))(x, sigma)
 
     return denoise_kind
 
@@ -212,6 +215,8 @@ def observation(size, mask="none", blur=0.0, enlarge=1, seed=0):
         )
         return lambda x: torch.from_numpy(~missing).to(x) * x
     if blur:
+        from torchvision.transforms.functional import gaussian_blur  # here, since it takes 160 MB
+
         reach = math.ceil(4 * blur)
         utils.check(reach < min(size), "BLUR", blur, f"must be narrow in a picture of {tuple(size)} rows and columns")
         return lambda x: gaussian_blur(x, 2 * reach + 1, blur)
@@ -262,12 +267,15 @@ def batches(jobs):
     """Yield lists of neighbouring jobs that share their size and noise level, at most BATCH_PIXELS pixels together."""
     batch = []
     for job in jobs:
-        full = (len(batch) + 1) * math.prod(job.picture.shape[:2]) > BATCH_PIXELS
-        if batch and (full or (batch[0].y.shape, batch[0].sigma) != (job.y.shape, job.sigma)):
+        if batch and (batch[0].y.shape, batch[0].sigma) != (job.y.shape, job.sigma):
             yield batch
             batch = []
         batch.append(job)
-    yield batch
+        if (len(batch) + 1) * math.prod(job.picture.shape[:2]) > BATCH_PIXELS:  # now, not when the next picture is in memory, too
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def draws_of(job):
@@ -275,48 +283,72 @@ def draws_of(job):
     return (DRAWS or usual) if methods()[METHOD][3] else 1
 
 
-def calls(job):
-    """Return about how often a picture goes through the network, for the progress bar."""
-    others = 0 if job.A else (METHOD != "mmse") + (job.x0 is None and PROBES > 0)
-    return len(job.levels) * methods()[METHOD][2] * draws_of(job) + others
+def probes_of(job):
+    return max(1, min(PROBES, 2**21 // job.y[0].numel()))  # of a large picture one says enough
+
+
+def work(job):
+    """Return about how many pixels go through the network for a picture, for the progress bar; a product counts as two calls."""
+    size, (_, _, calls_a_level, _) = job.picture.shape[:2], methods()[METHOD]
+    calls = len(job.levels) * calls_a_level * draws_of(job) + (METHOD != "mmse" and not job.A)
+    doubt = 1 + 2 * probes_of(job) if PROBES and job.x0 is None and not job.A else 0
+    return calls * utils.pixels_seen(*size, BATCH_PIXELS) + doubt * utils.pixels_seen(*size, BATCH_PIXELS // 4, halo=32)
 
 
 def denoise(model, jobs, device, filmed, bar=None):
     """Give each job its one-step estimate and its draws; keep the frames of the first draw of the first `filmed` jobs."""
-    y, levels, A = torch.stack([job.y for job in jobs]).to(device), jobs[0].levels, jobs[0].A
-    like = y.new_empty(*y.shape[:2], *jobs[0].picture.shape[:2])
-    denoiser = of_any_kind(utils.tiled(model, BATCH_PIXELS, bar))
-    sampler, draws = methods()[METHOD][0], draws_of(jobs[0])
-    if A:
-        denoiser = sde.observed(denoiser, y, A, jobs[0].sigma)
-    passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse" and not A)
-    passes += [(METHOD, sampler, levels, draw) for draw in range(draws)]
+    levels, draws = jobs[0].levels, draws_of(jobs[0])
+    network = utils.tiled(model, BATCH_PIXELS, bar)
+    passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse" and not jobs[0].A)
+    passes += [(METHOD, methods()[METHOD][0], levels, draw) for draw in range(draws)]
     for method, sampler, levels, draw in passes:
         first = filmed if method == METHOD and draw == 0 else 0
-        film, noise = utils.Film(denoiser, first), sde.seeded_noise([job.seed(draw) for job in jobs], device)
         began = time.perf_counter()
-        x = 0.5 + levels[0] * noise(like) if A else y  # pure noise, or the noisy picture
-        images = sampler(film, x, levels, noise=noise).cpu()
-        if not images.isfinite().all():
-            raise ValueError(f"--method {METHOD} diverged on '{jobs[0].picture.name}': take a smaller step size, or more steps")
+        images, film = sample(network, jobs, device, functools.partial(sampler, levels=levels), draw, first)
         seconds = (time.perf_counter() - began) / len(jobs)
         for job, image in zip(jobs, images):
-            before = job.results.get(method, [image[None][:0]])[0]
-            job.results[method] = [torch.cat([before, image[None]]), film.calls, seconds]
+            together = torch.cat([job.results[method][0], image[None]]) if method in job.results else image[None]
+            job.results[method] = [together, film.calls, seconds]
         for k, job in enumerate(jobs[:first]):
             job.frames = [(sigma, x[k].cpu(), denoised[k].cpu()) for sigma, x, denoised in film.frames]
 
 
+def sample(network, jobs, device, sampler, draw, filmed):
+    """Return what a sampler makes of jobs, on the CPU, and its Film.
+
+    A large picture goes through all of it tile by tile, with the noise of its place: then the states of all levels take the
+    memory of one tile. Where it is filmed, or not wholly seen, it stays whole, and `network` works in tiles.
+    """
+    A, size, films = jobs[0].A, jobs[0].picture.shape[:2], []
+    y = (torch.stack([job.y for job in jobs]) if len(jobs) > 1 else jobs[0].y[None]).to(device)  # no copy of a large one
+    seeds = [job.seed(draw) for job in jobs]
+
+    def on_tile(part, place):
+        denoiser, noise = of_any_kind(network, size, place), sde.seeded_noise(seeds, device, size, place)
+        films.append(utils.Film(sde.observed(denoiser, y, A, jobs[0].sigma) if A else denoiser, filmed))
+        start = 0.5 + jobs[0].levels[0] * noise(part) if A else part  # pure noise, or the noisy picture
+        images = sampler(films[-1], start, noise=noise)
+        if not images.isfinite().all():
+            raise ValueError(f"--method {METHOD} diverged on '{jobs[0].picture.name}': take a smaller step size, or more steps")
+        return images
+
+    like, pixels = (y.new_empty(*y.shape[:2], *size), math.inf) if A else (y, math.inf if filmed else BATCH_PIXELS)
+    return utils.over_tiles(on_tile, like, pixels).cpu(), films[-1]
+
+
 def doubt(model, job, device, bar=None):
-    """Give a job the variance of each value given the noisy picture, and the main directions of doubt of its middle."""
-    y, sigma, denoiser = job.y[None].to(device), job.sigma, of_any_kind(model)
+    """Give a job its expected error and the main directions of doubt of its middle; write the map of uncertainty."""
+    y, size = job.y[None].to(device), job.picture.shape[:2]
     noise = sde.seeded_noise([job.seed(0)], device)
     if PROBES:
-        probes = max(1, min(PROBES, 2**21 // y[0, 0].numel()))  # of a large picture one says enough
-        variance = lambda part: sde.expected_error(denoiser, part, sigma, probes, noise)[1]  # noqa: E731
-        job.variance = utils.over_tiles(variance, y, BATCH_PIXELS // 4, bar)[0].cpu()
+        probes = probes_of(job)
+        error = lambda part, place: sde.expected_error(of_any_kind(model, size, place), part, job.sigma, probes, noise)[1]  # noqa: E731
+        variance = utils.over_tiles(error, y, BATCH_PIXELS // 4, bar, 1 + 2 * probes, halo=32)[0].cpu()
+        job.error = variance.mean().item()
+        write_map(job, "uncertainty", variance)
     if COMPONENTS:
-        variances, directions = sde.principal_components(denoiser, utils.crop(y, 128), sigma, COMPONENTS, noise=noise)
+        middle = utils.crop(y, 128)
+        variances, directions = sde.principal_components(of_any_kind(model), middle, job.sigma, COMPONENTS, noise=noise)
         job.components = variances[0].clamp(min=0).sqrt().cpu(), directions[0].cpu()
 
 
@@ -339,29 +371,41 @@ def write(job):
     picture, owner = job.picture, owner_of(job.picture.source)
     if is_file(OUTPUT):
         return [utils.write_picture(OUTPUT, picture, as_array(job.results[METHOD][0][0]), owner)]
-    images, maps = {}, {"uncertainty": job.variance} if job.variance is not None else {}
-    for method, (draws, *_) in job.results.items():
-        images |= {f"{method}_{k + 1}" if len(draws) > 1 else method: image for k, image in enumerate(draws)}
-    draws = job.results[METHOD][0]
+    images, name, draws = {}, name_of(job), job.results[METHOD][0]
+    for method, (several, *_) in job.results.items():
+        images |= {f"{method}_{k + 1}" if len(several) > 1 else method: image for k, image in enumerate(several)}
     if (DRAWS or job.A) and len(draws) > 1:
-        images["mean"], maps["spread"] = draws.mean(0), draws.var(0)
-    images = {f"_{kind}{picture.suffix}": image for kind, image in images.items()}
-    others = [f"_{kind}{suffix}" for kind in maps for suffix in (".npy", ".png")]
-    others += ["_components.png"] * (COMPONENTS > 0) + [f"_{METHOD}.csv"] * bool(job.frames)
-    name = utils.free_name(OUTPUT, picture.name, [*images, *others], owner)
+        images["mean"] = draws.mean(0)
+        write_map(job, "spread", draws.var(0))
     paths = [
-        utils.write_picture(Path(OUTPUT, name + ending), picture, as_array(image), owner) for ending, image in images.items()
+        utils.write_picture(Path(OUTPUT, f"{name}_{kind}{picture.suffix}"), picture, as_array(image), owner)
+        for kind, image in images.items()
     ]
-    for kind, variance in maps.items():
-        utils.save_map(Path(OUTPUT, f"{name}_{kind}"), variance, f"{kind} of {name}: standard deviation of a pixel")
     if len(job.components):
-        middle = utils.crop(job.results["mmse"][0][0], 128)
-        utils.save_components(Path(OUTPUT, f"{name}_components.png"), middle, *job.components)
+        middle, path = utils.crop(job.results["mmse"][0][0], 128), Path(OUTPUT, f"{name}_components.png")
+        utils.save_components(path, middle, *job.components)
+        utils.remember(path, owner)
     if job.frames:
         write_frames(job, name, owner)
-    for ending in others:
-        utils.remember(Path(OUTPUT, name + ending), owner)
     return paths
+
+
+def name_of(job):
+    """Return the name under which none of what may be written of a job is there, or all is our own."""
+    pictures = ["mmse", METHOD, "mean", *(f"{METHOD}_{k + 1}" for k in range(draws_of(job)))]
+    endings = [f"_{kind}{suffix}" for kind in ("uncertainty", "spread") for suffix in (".npy", ".png")]
+    endings += [f"_{kind}{job.picture.suffix}" for kind in pictures] + ["_components.png", f"_{METHOD}.csv"]
+    return utils.free_name(OUTPUT, job.picture.name, endings, owner_of(job.picture.source))
+
+
+def write_map(job, kind, variance):
+    """Write the map of the standard deviation of every value, if the output is a folder."""
+    if is_file(OUTPUT):
+        return
+    name = name_of(job)
+    utils.save_map(Path(OUTPUT, f"{name}_{kind}"), variance, f"{kind} of {name}: standard deviation of a pixel")
+    for suffix in (".npy", ".png"):
+        utils.remember(Path(OUTPUT, f"{name}_{kind}{suffix}"), owner_of(job.picture.source))
 
 
 def as_array(x):
@@ -381,7 +425,9 @@ def write_frames(job, name, owner):
             if job.x0 is not None:
                 x0 = utils.crop(job.x0, 256)
                 rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
-    utils.save_csv(Path(OUTPUT, f"{name}_{METHOD}.csv"), rows)
+    path = Path(OUTPUT, f"{name}_{METHOD}.csv")
+    utils.save_csv(path, rows)
+    utils.remember(path, owner)
 
 
 def caption(image, x0):
@@ -473,16 +519,20 @@ def main():
         for batch in batches(jobs):
             asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
             filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
-            bar.total = (bar.total or 0) + len(batch) * math.prod(batch[0].picture.shape[:2]) * calls(batch[0])
+            bar.total = (bar.total or 0) + len(batch) * work(batch[0])
+            for k, job in enumerate(batch):
+                if not job.A and (count + k < 16 or job.x0 is None):
+                    doubt(model, job, device, bar)
             denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
-                if not job.A and (count < 16 or job.x0 is None):
-                    doubt(model, job, device, bar)
                 paths = write(job)
                 if not job.picture.builtin:
                     bar.write(f"wrote {' '.join(map(str, paths))}")
                 rows, count = rows + job.rows(), count + 1
-                shown += [job] * (k < filmed)
+                if k < filmed:
+                    shown.append(job)
+                else:
+                    job.results.clear()  # before the next picture is read
     print(utils.table((rows if count <= 16 else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
     if shown:
         owner = owner_of(INPUT)

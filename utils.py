@@ -33,7 +33,6 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 from torch.utils.checkpoint import checkpoint
-from torchvision.datasets import CIFAR10
 
 # -----------------------------------------------------------------------------
 # Constants to options
@@ -627,6 +626,8 @@ def _thumbnail(photograph, size):
 
 
 def _cifar10(data_dir, train):  # -> uint8 (N, 32, 32, 3)
+    from torchvision.datasets import CIFAR10  # here, since it takes 160 MB
+
     try:
         return CIFAR10(data_dir, train=train, download=True).data
     except (OSError, RuntimeError) as error:
@@ -673,24 +674,41 @@ def ssim(images, x0):
 # -----------------------------------------------------------------------------
 
 
-def over_tiles(function, x, pixels, bar=None, halo=64):
+def tiles(height, width, pixels, halo=64):
+    """Return what covers a picture of more than `pixels` pixels: pairs, for the rows and for the columns, of pairs of slices.
+
+    The first of two slices is that of the tile, the second has `halo` pixels more on both sides, where there are any. Tiles start
+    on the grid of 32 pixels that the network's attention has.
+    """
+    size = max(64, math.isqrt(pixels) - 2 * halo) // 32 * 32 if height * width > pixels else max(height, width)
+    ends = lambda start, n: (slice(start, min(start + size, n)), slice(max(start - halo, 0), min(start + size + halo, n)))  # noqa: E731
+    return list(itertools.product(*([ends(start, n) for start in range(0, n, size)] for n in (height, width))))
+
+
+def pixels_seen(height, width, pixels, halo=64):
+    """Return how many pixels the tiles of a picture have together, with what they see around them."""
+    return sum(
+        (rows.stop - rows.start) * (columns.stop - columns.start)
+        for (_, rows), (_, columns) in tiles(height, width, pixels, halo)
+    )
+
+
+def over_tiles(function, x, pixels, bar=None, calls=1, halo=64):
     """Return function(x), computed in tiles of about `pixels` pixels where x (B, C, H, W) has more, and move a progress bar.
 
-    function: from (B, C, h, w) to (B, any, h, w). Each tile sees `halo` pixels around it, about the network's reach, and starts
-    on the grid of its attention windows, so the seams differ from the whole by little more than rounding.
+    function: from a part of x, (B, C, h, w), and the row and column where it begins, to (B, any, h, w). Each tile sees `halo`
+    pixels around it, about the network's reach, so the seams differ from the whole by little more than rounding.
+    calls: the bar moves by so many times the pixels of each tile and around it.
     """
-    height, width = x.shape[2:]
-    size = max(64, math.isqrt(pixels) - 2 * halo) // 32 * 32 if height * width > pixels else max(height, width)
     out = None
-    for top in range(0, height, size):
-        for left in range(0, width, size):
-            up, back = min(top, halo), min(left, halo)
-            part = function(x[:, :, top - up : top + size + halo, left - back : left + size + halo])
-            out = x.new_empty(len(x), part.shape[1], height, width) if out is None else out
-            tile = out[:, :, top : top + size, left : left + size]
-            tile[:] = part[:, :, up : up + tile.shape[2], back : back + tile.shape[3]]
-            if bar is not None:
-                bar.update(tile[:, 0].numel())
+    for (rows, seen_rows), (columns, seen_columns) in tiles(*x.shape[2:], pixels, halo):
+        seen = x[:, :, seen_rows, seen_columns]
+        top, left = seen_rows.start, seen_columns.start
+        part = function(seen, (top, left))
+        out = x.new_empty(len(x), part.shape[1], *x.shape[2:]) if out is None else out
+        out[:, :, rows, columns] = part[:, :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+        if bar is not None:
+            bar.update(calls * seen[:, 0].numel())
     return out
 
 
@@ -700,7 +718,7 @@ def tiled(denoiser, pixels, bar=None, halo=64):
     def denoise_tiles(x, sigma):
         again = torch.is_grad_enabled() and x[:, 0].numel() > pixels
         one = functools.partial(checkpoint, denoiser, use_reentrant=False) if again else denoiser
-        return over_tiles(lambda part: one(part, sigma), x, pixels, bar, halo)
+        return over_tiles(lambda part, _: one(part, sigma), x, pixels, bar, halo=halo)
 
     return denoise_tiles
 
@@ -946,10 +964,13 @@ def in_colour(values):
 
 def save_map(path, variance, title):
     """Write the root of a variance map (C, H, W), averaged over 5 x 5 pixels, to path.npy, and over channels to path.png."""
-    smooth = ndimage.uniform_filter(variance.numpy(), (1, 5, 5)).clip(0)
+    smooth = ndimage.uniform_filter(variance.numpy(), (1, 5, 5))
+    smooth.clip(0, out=smooth)  # in place: a large picture is large in floats
+    height, width = variance.shape[1:]
+    step = max(1, max(height, width) // 1500)  # more does not show
+    image = np.sqrt(smooth[:, ::step, ::step].mean(0))
     with replacing(f"{path}.npy") as temporary:
-        np.save(temporary, np.sqrt(smooth).transpose(1, 2, 0))
-    image, (height, width) = np.sqrt(smooth.mean(0)), variance.shape[1:]
+        np.save(temporary, np.sqrt(smooth, out=smooth).transpose(1, 2, 0))
     figure = Figure(figsize=(6.5, min(12, 0.6 + 5.5 * height / width)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(image, cmap="magma", vmin=0, vmax=np.quantile(image, 0.99), interpolation="nearest")

@@ -660,6 +660,27 @@ def test_a_large_picture_in_tiles_is_the_picture_in_one_piece(trained):
         torch.testing.assert_close(utils.tiled(network, 256 * 256)(x, 0.1), network(x, 0.1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_draw_in_tiles_is_the_draw_in_one_piece(monkeypatch, channels):
+    model = load_model(utils.find("checkpoints/score_cifar10.pt"))
+    y = torch.rand(channels, 300, 64, generator=torch.Generator().manual_seed(0)) / 2
+    picture = utils.Picture(None, (300, 64, channels), np.dtype(np.float32))
+
+    def run(pixels):
+        monkeypatch.setattr(denoise, "BATCH_PIXELS", pixels)
+        job, moves = denoise.Job(picture, y, None, 0.1, LEVELS), []
+        denoise.denoise(model, [job], "cpu", 0, mock.Mock(update=moves.append))
+        work = denoise.work(job) - (1 + 2 * denoise.PROBES) * utils.pixels_seen(300, 64, pixels // 4, halo=32)
+        assert sum(moves) == work  # the bar ends where it should
+        return job.results, moves
+
+    (whole, calls), (tiled, steps) = run(300 * 64), run(130**2)
+    assert len(calls) == 5 and len(steps) == 5 * 5  # of the tiles
+    for method in ("mmse", "sde"):
+        assert whole[method][1] == tiled[method][1]
+        torch.testing.assert_close(tiled[method][0], whole[method][0], rtol=0, atol=1e-3)
+
+
 def test_pictures_of_several_sizes_and_levels_go_together(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "score.pt"
     (tmp_path / "mixed").mkdir()

