@@ -82,7 +82,7 @@ model.py
 denoise.py
     added noise ignores seed ¦ default_rng(SEED) ¦ default_rng(0) ¦ denoising
     draw ignores draw-seed ¦ f"{DRAW_SEED} {draw}" ¦ f"{draw}" ¦ denoising
-    draw ignores pixels ¦ zlib.crc32(self.y.contiguous().numpy()) ¦ 0 ¦ denoising
+    draw ignores pixels ¦ zlib.crc32(channel.contiguous().numpy(), crc) ¦ 0 ¦ denoising
     texture ignored ¦ ) ** TEXTURE, ¦ ), ¦ denoising
     rho ignored ¦ steps, RHO or rho) ¦ steps, rho) ¦ denoising
     count ignored ¦ , notify, failed), COUNT) ¦ , notify, failed), None) ¦ denoising
@@ -91,7 +91,7 @@ denoise.py
     all draws alike ¦ [job.seed(draw) for job in jobs] ¦ [job.seed(0) for job in jobs] ¦ denoising
     mean of draws is the first ¦ [images.mean(0, keepdim=True), len ¦ [images[:1], len ¦ denoising
     mask inverted ¦ from_numpy(~missing) ¦ from_numpy(missing) ¦ denoising
-    observation from the noisy start ¦ 0.5 + levels[0] * noise(like) if A else y ¦ like.zero_() if A else y ¦ denoising
+    observation from the noisy start ¦ 0.5 + jobs[0].levels[0] * noise(part) if A else part ¦ 0.5 * noise(part) if A else part ¦ denoising
     levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ denoising
     own picture cut, not enlarged ¦ n // ENLARGE * ENLARGE if made else n * ENLARGE ¦ n // ENLARGE * ENLARGE ¦ denoising
 utils.py
@@ -102,7 +102,7 @@ utils.py
     shares weigh alike ¦ len(range(rank, count, world)) / count ¦ 1 / world ¦ training
     psnr not clipped ¦ images.clamp(0, 1).double() - x0 ¦ images.double() - x0 ¦ utils: psnr
     readable by the owner alone ¦         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read⏎ ¦  ¦ utils pictures
-    halo forgotten ¦ top - up : top + size + halo, left ¦ top - up : top + size, left ¦ utils scripts: tiles or large_picture
+    halo forgotten ¦ slice(max(start - halo, 0), min(start + size + halo, n)) ¦ slice(start, min(start + size, n)) ¦ utils scripts: tiles or large_picture
     the lock is shared ¦ fcntl.LOCK_EX |  ¦ fcntl.LOCK_SH |  ¦ utils: process
     each image the same noise ¦ rng = np.random.default_rng(seed)⏎    return ¦ return ¦ utils: noise
     pictures truncated, not rounded ¦ (x.clamp(0, 1) * 255).round().byte() ¦ (x.clamp(0, 1) * 255).byte() ¦ utils: saved
