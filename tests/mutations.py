@@ -4,7 +4,7 @@
     python tests/mutations.py --only eta    # those with this word in their description
 
 Each line below a file's name is: what is wrong ¦ the right text, which the file holds once ¦ the wrong text ¦ the tests that
-must fail (a group, or a file of tests and pytest's -k). ⏎ stands for the end of a line.
+must pass without it and fail with it (a group, or a file of tests and pytest's -k). ⏎ stands for the end of a line.
 """
 
 import shutil
@@ -148,29 +148,34 @@ def changes():
     return found
 
 
-def noticed(change):
-    """Whether the tests fail on a copy of the project with the change; raises ValueError if its text is not there once."""
+def fail(tests, change=None):
+    """Whether the tests fail on a copy of the project, with the change if there is one; raises ValueError if none can be run."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
         ignored = shutil.ignore_patterns(".*", "__pycache__", "figures", "data", "output", "*_resume.pt")
         shutil.copytree(project, copy, ignore=ignored)
-        text = (copy / change.file).read_text(encoding="utf-8")
-        if text.count(change.right) != 1:
-            raise ValueError(f"{change.file} holds {text.count(change.right)} times what '{change.what}' changes")
-        (copy / change.file).write_text(text.replace(change.right, change.wrong), encoding="utf-8")
-        files, _, words = change.tests.partition(": ")
-        tests = [f"tests/test_{name}.py" for name in files.split()]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        if change:
+            text = (copy / change.file).read_text(encoding="utf-8")
+            if text.count(change.right) != 1:
+                raise ValueError(f"{change.file} holds {text.count(change.right)} times what '{change.what}' changes")
+            (copy / change.file).write_text(text.replace(change.right, change.wrong), encoding="utf-8")
+        files, _, words = tests.partition(": ")
+        paths = [f"tests/test_{name}.py" for name in files.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
         code = subprocess.run(command + ["-k", words] * bool(words), cwd=copy, capture_output=True).returncode
         if code not in (0, 1):
-            raise ValueError(f"the tests of '{change.what}' could not be run: pytest ended with {code}")
+            raise ValueError(f"the tests '{tests}' could not be run: pytest ended with {code}")
         return code == 1
 
 
 def main():
-    rows = []
-    for change in tqdm([change for change in changes() if ONLY in change.what]):
-        rows.append({"file": change.file, "what is wrong": change.what, "noticed": "yes" if noticed(change) else "NO"})
+    chosen, rows = [change for change in changes() if ONLY in change.what], []
+    for tests in tqdm(dict.fromkeys(change.tests for change in chosen), desc="without a change"):
+        if fail(tests):
+            raise ValueError(f"the tests '{tests}' fail without a change, so they tell nothing")
+    for change in tqdm(chosen, desc="with one"):
+        noticed = "yes" if fail(change.tests, change) else "NO"
+        rows.append({"file": change.file, "what is wrong": change.what, "noticed": noticed})
     print(utils.table(rows))
     print(f"{sum(row['noticed'] == 'yes' for row in rows)} of {len(rows)} wrong changes noticed")
 
