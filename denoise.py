@@ -474,7 +474,7 @@ def check_constants(model):
         draws = METHOD not in ("mmse", "langevin") and not COMPONENTS
         utils.check(draws, "METHOD", METHOD, f"must be one that draws, or ode, and --components 0, with {observed[0]}")
     for name in ("SEED", "DRAW_SEED"):
-        utils.check(0 <= globals()[name] < 2**64, name, globals()[name], "must be a number from 0 to 2^64 - 1")
+        utils.check(0 <= globals()[name] < 2**32, name, globals()[name], "must be a number from 0 to 2^32 - 1")
     for name in ("STEPS", "DRAWS"):
         value = globals()[name]
         utils.check(value is None or (isinstance(value, int) and value >= 1), name, value, "must be a whole number from 1 on")

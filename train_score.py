@@ -291,7 +291,8 @@ class Training:
 def check_constants():
     limits = {name: (1, 1e9) for name in ("EPOCHS", "BATCH_SIZE", "VAL_IMAGES", "LOG_STEPS")}
     limits |= {"LR": (1e-12, 100), "WARMUP": (0, 1e9), "DECAY": (0, 1), "EMA": (0, 1), "TAILS": (1e-6, 0.499)}
-    limits |= {"CLIP": (1e-9, math.inf), "SAVE_MINUTES": (0, math.inf), "SEED": (0, 2**64 - 1)}
+    limits |= {"CLIP": (1e-9, math.inf), "SAVE_MINUTES": (0, math.inf)}
+    limits |= {"SEED": (0, 2**32 - 1)}  # torch reads 32 bits of it: from 2^32 on, a seed starts from the weights of another
     limits |= {"SIGMA_MIN": (1e-6, 1e6), "SIGMA_MAX": (SIGMA_MIN, 1e6)}
     for name, (low, high) in limits.items():
         utils.check(low <= globals()[name] <= high, name, globals()[name], f"must lie between {low} and {high}")

@@ -511,7 +511,7 @@ def test_a_loss_that_climbs_is_a_divergence_before_it_is_infinite():
         ("--data samples --val-sigmas 0.1 nan", ["--val-sigmas", "nan"]),
         ("--data samples --val-sigmas 30", ["--val-sigmas", "30"]),
         ("--data samples --seed -1", ["--seed", "-1"]),
-        ("--data samples --seed 18446744073709551616", ["--seed"]),
+        ("--data samples --seed 4294967296", ["--seed", "4294967295"]),
         ("--data samples --lr 1e308", ["--lr", "1e+308"]),
         ("--data samples --lr nan", ["--lr", "nan"]),
         ("--data samples --device mkldnn", ["mkldnn"]),
@@ -835,8 +835,9 @@ def test_a_gradient_through_tiles_is_that_of_the_whole(trained):
         ("--sigma 0.001", ["0.001", "0.01 to 1"]),
         ("--sigma 1/0", ["1/0"]),
         ("--seed -1", ["--seed"]),
-        ("--seed 18446744073709551616", ["--seed", "2^64 - 1"]),
+        ("--seed 4294967296", ["--seed", "2^32 - 1"]),
         ("--draw-seed -1", ["--draw-seed"]),
+        ("--draw-seed 4294967296", ["--draw-seed", "2^32 - 1"]),
         ("--method mmse --texture 0.5", ["--method mmse", "--texture"]),
         ("--method langevin --rho 3", ["--method langevin", "--rho"]),
         ("--method mmse --steps 3", ["--method mmse", "--steps"]),
@@ -866,6 +867,22 @@ def test_denoising_refuses_bad_input_in_one_line(trained, tmp_path, refuses, lin
     Image.new("L", (9, 8)).save(tmp_path / "small.png")
     np.save(tmp_path / "small.npy", np.zeros((8, 8), np.uint8))
     refuses(tmp_path, "denoise.py", line, *words)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_both_scripts_take_the_first_and_the_last_seed(trained, tmp_path, refuses, seed):
+    # They come to the data, which are not there.
+    refuses(tmp_path, "train_score.py", f"--data nowhere --seed {seed} {SMALL}", "nowhere")
+    line = f"nowhere --seed {seed} --draw-seed {seed} --checkpoint {trained / 'checkpoints' / 'score.pt'}"
+    refuses(tmp_path, "denoise.py", line, "nowhere")
+
+
+def test_the_last_seed_has_weights_of_its_own_and_the_next_would_not():
+    def first(seed):
+        torch.manual_seed(seed)
+        return next(ScoreModel("cnn3", 0.1, 0.1).parameters())
+
+    assert not torch.equal(first(0), first(2**32 - 1)) and torch.equal(first(0), first(2**32))
 
 
 def test_cifar10_without_network_or_data_says_what_to_do(trained, tmp_path, refuses, monkeypatch):
