@@ -117,15 +117,17 @@ def _derivative(function, t):
 # What a sampler is given
 # -----------------------------------------------------------------------------
 
+LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
+
 
 def noise_levels(sigma, sigma_min, steps, rho=7.0):
     """Return `steps` falling noise levels from sigma to sigma_min, float64 (Karras et al. 2022, eq. 5).
 
     rho spaces them evenly in sigma^(1/rho); math.inf spaces them evenly in log sigma. With one step, or where sigma
     is not above sigma_min, there is nothing between the image and its estimate: the only level is sigma.
-    Raises ValueError unless sigma > 0, sigma_min > 0, steps >= 1, and rho is such that the levels fall.
+    Raises ValueError unless sigma and sigma_min are above LOWEST, steps >= 1, and rho is such that the levels fall.
     """
-    if not (sigma > 0 and sigma_min > 0 and math.isfinite(sigma)):
+    if not (LOWEST < sigma < math.inf and sigma_min > LOWEST):
         raise ValueError(f"noise levels must be positive and finite, not sigma {sigma} and sigma_min {sigma_min}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -148,7 +150,7 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
 def falling(levels):
     """Return the pairs (t, s) of neighbouring levels as floats; raises ValueError unless they are positive and fall."""
     levels = [float(s) for s in levels]
-    if not (levels and all(t > s > 1e-100 for t, s in pairwise([math.inf, *levels]))):  # smaller ones have no squares
+    if not (levels and all(t > s > LOWEST for t, s in pairwise([math.inf, *levels]))):
         raise ValueError(f"noise levels must be finite, positive and falling, not {levels}")
     return list(pairwise(levels))
 

@@ -132,7 +132,9 @@ def test_noise_levels_fall_evenly_in_the_chosen_power():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sigma": 0.0}, {"sigma": math.nan}, {"sigma": math.inf}, {"steps": 0}, {"rho": 1e-4}, {"rho": 1e17}]
+    "wrong",
+    [{"sigma": 0.0}, {"sigma": 1e-320}, {"sigma_min": 1e-320}, {"sigma": math.nan}, {"sigma": math.inf}]
+    + [{"steps": 0}, {"rho": 1e-4}, {"rho": 1e17}],
 )
 def test_levels_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=re.escape(str(next(iter(wrong.values()))))):
