@@ -170,10 +170,11 @@ def fail(tests, change=None):
 
 def main():
     chosen, rows = [change for change in changes() if ONLY in change.what], []
-    for tests in tqdm(dict.fromkeys(change.tests for change in chosen), desc="without a change"):
-        if fail(tests):
-            raise ValueError(f"the tests '{tests}' fail without a change, so they tell nothing")
-    for change in tqdm(chosen, desc="with one"):
+    utils.check(chosen, "ONLY", ONLY, "must be in a description")
+    files = dict.fromkeys(name for change in chosen for name in change.tests.partition(":")[0].split())
+    if fail(" ".join(files)):
+        raise ValueError("the tests fail without a change, so they tell nothing of one")
+    for change in tqdm(chosen):
         noticed = "yes" if fail(change.tests, change) else "NO"
         rows.append({"file": change.file, "what is wrong": change.what, "noticed": noticed})
     print(utils.table(rows))
