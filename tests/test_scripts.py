@@ -464,6 +464,12 @@ def test_training_starts_from_a_checkpoint(trained, patches, tmp_path, refuses):
     refuses(tmp_path, "train_score.py", start_from.replace("--blocks 1 1", "--blocks 1 2") + " --name other", "--init", "(1, 2)")
 
 
+def test_the_images_seen_are_those_of_batches_that_may_end_an_epoch_early():
+    training = train_score.Training("any", ScoreModel("cnn3", 0.1, 0.1), [], 26, 5, {})  # 5 steps of 5 images, and one of 1
+    for training.step, seen in ((0, 0), (1, 5), (5, 25), (6, 26), (7, 31), (13, 57)):
+        assert training.images_seen == seen
+
+
 @pytest.mark.parametrize("info", [{}, {"images_seen": "many", "hours": 1.0}, {"images_seen": 1, "hours": 1.0, "earlier": 5}])
 def test_a_checkpoint_without_its_story_starts_no_training(tmp_path, refuses, info):
     model = ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1))
@@ -602,6 +608,7 @@ def test_a_run_writes_what_it_did(trained, tmp_path):
     draws, mean = ([float(row[3]) for row in rows if row[2] == label] for label in ("sde", "mean of 2"))
     assert len(draws) == len(mean) == 6 and all(m > d + 0.3 for d, m in zip(draws, mean))
     assert abs(np.mean(draws[:5]) - draws[5]) < 0.01
+    assert {row[2]: row[6] for row in rows[2:]} == {"noisy": "0", "mmse": "1", "sde": "4", "mean of 2": "8"}
     for name in utils.SAMPLES:
         for ending in ("mmse", "sde_1", "sde_2"):
             assert Image.open(tmp_path / "output" / f"{name}_{ending}.png").size == (128, 128)
@@ -636,6 +643,18 @@ def test_the_noise_can_be_held_while_the_draw_changes(trained, monkeypatch):
     (y, seeds), (y_same, others), (y_other, of_others) = (seeds_and_noise(*pair) for pair in ((0, 0), (0, 7), (1, 0)))
     assert torch.equal(y, y_same) and not torch.equal(y, y_other)
     assert len({*seeds, *others, *of_others}) == 6
+
+
+def test_the_doubt_of_a_white_prior_is_its_posterior_variance(monkeypatch):
+    # An untrained U-Net is the Wiener estimate for independent pixels of variance c^2: all have c^2 s^2 / (c^2 + s^2) given y.
+    monkeypatch.setattr(denoise, "METHOD", "mmse")
+    monkeypatch.setattr(denoise, "COMPONENTS", 2)
+    model, y, variance = ScoreModel("unet", 0.01, 1.0, (32,), (1,)), torch.rand(3, 20, 30), 0.25**2 * 0.1**2 / (0.25**2 + 0.1**2)
+    job = denoise.Job(mock.Mock(shape=(20, 30, 3)), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]})
+    denoise.doubt(model, job, "cpu")
+    torch.testing.assert_close(job.variance, torch.full_like(y, variance))
+    torch.testing.assert_close(job.components[0], torch.full((2,), variance**0.5))
+    assert abs(job.rows()[0]["expected PSNR"] + 10 * math.log10(variance)) < 1e-4
 
 
 def test_levels_go_as_far_as_texture_and_as_rho_says(trained, monkeypatch):
@@ -778,6 +797,8 @@ def test_what_is_made_of_an_observation_agrees_with_it(trained, tmp_path, line, 
         assert np.sqrt((off**2).mean()) < 0.03
     assert np.abs(draws[0] - draws[1]).max() > 0.05
     np.testing.assert_allclose(np.load(tmp_path / "output" / "seen_mean.npy").transpose(2, 0, 1), sum(draws) / 3, atol=1e-6)
+    spread = ndimage.uniform_filter(np.var(draws, axis=0, ddof=1), (1, 5, 5)) ** 0.5
+    np.testing.assert_allclose(np.load(tmp_path / "output" / "seen_spread.npy").transpose(2, 0, 1), spread, atol=1e-5)
 
 
 def test_a_clean_picture_is_observed_with_noise_and_measured(trained, tmp_path):
