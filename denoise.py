@@ -292,7 +292,7 @@ def work(job):
     size, (_, _, calls_a_level, _) = job.picture.shape[:2], methods()[METHOD]
     calls = len(job.levels) * calls_a_level * draws_of(job) + (METHOD != "mmse" and not job.A)
     doubt = 1 + 2 * probes_of(job) if PROBES and job.x0 is None and not job.A else 0
-    return calls * utils.pixels_seen(*size, BATCH_PIXELS) + doubt * utils.pixels_seen(*size, BATCH_PIXELS // 4, halo=32)
+    return calls * utils.pixels_seen(*size, BATCH_PIXELS) + doubt * utils.pixels_seen(*size, BATCH_PIXELS // 7, halo=32)
 
 
 def denoise(model, jobs, device, filmed, bar=None):
@@ -343,7 +343,7 @@ def doubt(model, job, device, bar=None):
     if PROBES:
         probes = probes_of(job)
         error = lambda part, place: sde.expected_error(of_any_kind(model, size, place), part, job.sigma, probes, noise)[1]  # noqa: E731
-        variance = utils.over_tiles(error, y, BATCH_PIXELS // 4, bar, 1 + 2 * probes, halo=32)[0].cpu()
+        variance = utils.over_tiles(error, y, BATCH_PIXELS // 7, bar, 1 + 2 * probes, halo=32)[0].cpu()  # products take memory
         job.error = variance.mean().item()
         write_map(job, "uncertainty", variance)
     if COMPONENTS:

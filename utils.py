@@ -494,9 +494,11 @@ def write_picture(path, picture, pixels, owner):
         values = _separated(pixels, (picture.inks - np.float32(black)) / np.float32(white - black))
     else:
         raise ValueError(f"'{path}': the four inks of '{picture.name}' need the suffix .tif")
-    values = values * np.float32(white - black)  # from here in place: a large picture is large in floats
-    values += np.float32(black)
-    values = (np.rint(values, out=values).clip(black, white, out=values) if dtype.kind in "iu" else values).astype(dtype)
+    scaled = np.empty(values.shape, dtype)
+    for rows in (slice(k, k + 256) for k in range(0, len(values), 256)):  # a large picture is large in floats
+        part = values[rows] * np.float32(white - black) + np.float32(black)
+        scaled[rows] = np.rint(part).clip(black, white) if dtype.kind in "iu" else part
+    values = scaled
     if alpha is not None:
         values = np.concatenate([values, alpha[..., None].astype(dtype)], axis=2)
     values = values.reshape(picture.shape) if suffix == ".npy" or values.shape[2] > 1 else values[..., 0]
@@ -963,9 +965,13 @@ def in_colour(values):
 
 
 def save_map(path, variance, title):
-    """Write the root of a variance map (C, H, W), averaged over 5 x 5 pixels, to path.npy, and over channels to path.png."""
-    smooth = ndimage.uniform_filter(variance.numpy(), (1, 5, 5))
-    smooth.clip(0, out=smooth)  # in place: a large picture is large in floats
+    """Write the root of a variance map (C, H, W), averaged over 5 x 5 pixels, to path.npy, and over channels to path.png.
+
+    The variance is overwritten: that of a large picture is large.
+    """
+    smooth = variance.numpy()
+    ndimage.uniform_filter(smooth, (1, 5, 5), output=smooth)
+    smooth.clip(0, out=smooth)
     height, width = variance.shape[1:]
     step = max(1, max(height, width) // 1500)  # more does not show
     image = np.sqrt(smooth[:, ::step, ::step].mean(0))

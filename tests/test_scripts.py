@@ -689,7 +689,7 @@ def test_a_draw_in_tiles_is_the_draw_in_one_piece(monkeypatch, channels):
         monkeypatch.setattr(denoise, "BATCH_PIXELS", pixels)
         job, moves = denoise.Job(picture, y, None, 0.1, LEVELS), []
         denoise.denoise(model, [job], "cpu", 0, mock.Mock(update=moves.append))
-        work = denoise.work(job) - (1 + 2 * denoise.PROBES) * utils.pixels_seen(300, 64, pixels // 4, halo=32)
+        work = denoise.work(job) - (1 + 2 * denoise.PROBES) * utils.pixels_seen(300, 64, pixels // 7, halo=32)
         assert sum(moves) == work  # the bar ends where it should
         return job.results, moves
 
