@@ -45,6 +45,7 @@ COUNT = 1000  # images of a table
 STUDY_COUNT = 50  # images of the figure of Langevin runs
 SIGMA = 0.1  # noise level of the results, pixels in [0, 1]
 SIGMA_Y = 0.02  # of the observations
+OBSERVED_STEPS = 30  # network calls of a draw from an observation
 NOISE_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # those to be found in pictures
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0)  # those of the table of noise levels
 RECIPE = "checkpoints/cnn3_cifar10.pt"  # the recipe's network, trained at SIGMA
@@ -274,7 +275,7 @@ def expected_table(device):
 
 def observations_table(device):
     model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)
-    rows, panels = observations.compare(model, x0, SIGMA_Y, SEED, BATCH)
+    rows, panels = observations.compare(model, x0, SIGMA_Y, SEED, BATCH, OBSERVED_STEPS)
     utils.plot_pictures(Path("figures", "observations.jpg"), panels, detail=0)
     return rows
 

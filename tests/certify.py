@@ -39,6 +39,7 @@ FEW_DRAWS = 5  # draws an image of the others
 SIGMAS = (0.05, 0.1, 0.3)  # noise levels, pixels in [0, 1]; the figures are made at the middle one
 OBSERVED = 50  # images of which half the pixels, a blurred and a smaller picture are observed, with noise of SIGMA_Y; 0: none
 SIGMA_Y = 0.02  # noise level of these observations
+OBSERVED_STEPS = 30  # network calls of a draw from them
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network
 SEED = 0  # of the noise (numpy's default_rng) and, plus a number each, of the draws
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
@@ -197,7 +198,7 @@ def certify_observations(model, x0, sigma_y, count=9):
     rows = []
     for name in tqdm(observations.OBSERVATIONS, leave=False):
         A, y = observations.observe(name, x0, sigma_y, SEED)
-        found, truth = observations.draws(model, x0, A, y, sigma_y, count, BATCH, SEED), x0.cpu()
+        found, truth = observations.draws(model, x0, A, y, sigma_y, OBSERVED_STEPS, count, BATCH, SEED), x0.cpu()
         error = lambda images: ((images - truth) ** 2).mean(dim=(-3, -2, -1))  # noqa: B023, E731
         of_mean, variance = error(found.mean(0)), (1 + 1 / count) * found.var(0).mean(dim=(-3, -2, -1))
         squared, uncertainty = ratio(variance, of_mean)
@@ -323,7 +324,7 @@ def main():
     print(f"\nhow exact `observed` is on a Gaussian prior\n{utils.table(certify_exactness(SIGMA_Y))}", flush=True)
     if OBSERVED:
         _, x0 = read_noisy(INPUT, DATA_DIR, OBSERVED, SIGMA_Y, SEED, device)
-        print(f"\n{OBSERVED} images observed with noise of {SIGMA_Y:g}, from pure noise in 30 levels")
+        print(f"\n{OBSERVED} images observed with noise of {SIGMA_Y:g}, from pure noise in {OBSERVED_STEPS} levels")
         print(utils.table(certify_observations(model, x0, SIGMA_Y)), flush=True)
     sigma = SIGMAS[len(SIGMAS) // 2]
     y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, sigma, SEED, device)

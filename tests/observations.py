@@ -28,9 +28,9 @@ def observe(name, x0, sigma_y, seed):
     return A, A(y) if "mask" in OBSERVATIONS[name] else y
 
 
-def draws(model, x0, A, y, sigma_y, count, batch, seed):
-    """Return draws from p(x0 | y), (count, B, 3, H, W), from pure noise in 30 network calls; of x0 only the shape is used."""
-    levels = sde.noise_levels(model.sigma_max, model.sigma_min, 30, math.inf)
+def draws(model, x0, A, y, sigma_y, steps, count, batch, seed):
+    """Return draws from p(x0 | y), (count, B, 3, H, W), from pure noise in `steps` calls; of x0 only the shape is used."""
+    levels = sde.noise_levels(model.sigma_max, model.sigma_min, steps, math.inf)
 
     def sampler(like, noise):
         posterior = sde.observed(model, y.repeat(len(like) // len(y), 1, 1, 1), A, sigma_y)
@@ -81,20 +81,20 @@ def splitting(model, start, A, y, sigma_y, strength, steps=24):
     return z
 
 
-def compare(model, x0, sigma_y, seed, batch, count=8):
+def compare(model, x0, sigma_y, seed, batch, calls, count=8):
     """Return a row for each observation and way to undo it, its strength the best for these images, and panels of the first."""
     rows, panels, best = [], [], partial(max, key=lambda images: utils.psnr(images, x0).mean().item())
     for name in OBSERVATIONS:
         A, y = observe(name, x0, sigma_y, seed)
-        found = draws(model, x0, A, y, sigma_y, count, batch, seed)
+        found = draws(model, x0, A, y, sigma_y, calls, count, batch, seed)
         panels.append(denoise.panels_of_draws(interpolate(y, x0.shape[2:], mode="nearest")[0], sigma_y, found[:, 0], x0[0]))
         others = {label: best(tried) for label, tried in classical(name, y).items()}
-        ours = {"one draw": (found[0], 30, 90), f"mean of {count}": (found.mean(0), 30 * count, 90 * count)}
+        ours = {"one draw": (found[0], calls), f"mean of {count}": (found.mean(0), calls * count)}
         tried = [splitting(model, best(others.values()), A, y, sigma_y, strength) for strength in (0.1, 0.23, 0.5, 1.0)]
-        ways = ours | {"splitting": (best(tried), 24, 0)} | {label: (images, 0, 0) for label, images in others.items()}
-        for label, (images, calls, backwards) in ways.items():
+        ways = ours | {"splitting": (best(tried), 24)} | {label: (images, 0) for label, images in others.items()}
+        for label, (images, forwards) in ways.items():
             psnr = utils.psnr(images, x0)
             row = {"observation": name, "method": label, "PSNR dB": psnr.mean().item()}
             row |= {"±": psnr.std().item() / math.sqrt(len(psnr)), "SSIM": utils.ssim(images, x0).mean()}
-            rows.append(row | {"network calls": calls, "backwards": backwards})
+            rows.append(row | {"network calls": forwards, "backwards": 3 * forwards * (label in ours)})
     return rows, panels

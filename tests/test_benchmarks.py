@@ -134,14 +134,14 @@ def networks(tmp_path_factory):
         ("benchmark.py", "--table expected", "0.05|correlation|two maps", ["expected", "uncertainty"]),
         (
             "benchmark.py",
-            "--table observations",
+            "--table observations --observed-steps 4",
             "mean of 8|splitting|biharmonic|Wiener|Lanczos",
             ["observations.jpg"],
         ),
         ("benchmark.py", "--table speed --seconds 0.01 --batch 2 --steps 2", "training|network alone|within `adams`", []),
         (
             "certify.py",
-            "--sigmas 0.1 --draws 3 --few-draws 2 --observed 2",
+            "--sigmas 0.1 --draws 3 --few-draws 2 --observed 2 --observed-steps 4",
             "exact|`adams`, 20|annealed_langevin|Gaussian random field|half size|error at 0.1",
             ["forgetting", "dial", "nothing"],
         ),

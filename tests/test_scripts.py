@@ -650,9 +650,10 @@ def test_the_doubt_of_a_white_prior_is_its_posterior_variance(monkeypatch):
     monkeypatch.setattr(denoise, "METHOD", "mmse")
     monkeypatch.setattr(denoise, "COMPONENTS", 2)
     model, y, variance = ScoreModel("unet", 0.01, 1.0, (32,), (1,)), torch.rand(3, 20, 30), 0.25**2 * 0.1**2 / (0.25**2 + 0.1**2)
-    job = denoise.Job(mock.Mock(shape=(20, 30, 3)), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]})
+    job, maps = denoise.Job(mock.Mock(shape=(20, 30, 3)), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]}), {}
+    monkeypatch.setattr(denoise, "write_map", lambda job, kind, variance: maps.update({kind: variance}))
     denoise.doubt(model, job, "cpu")
-    torch.testing.assert_close(job.variance, torch.full_like(y, variance))
+    torch.testing.assert_close(maps["uncertainty"], torch.full_like(y, variance))
     torch.testing.assert_close(job.components[0], torch.full((2,), variance**0.5))
     assert abs(job.rows()[0]["expected PSNR"] + 10 * math.log10(variance)) < 1e-4
 
