@@ -122,7 +122,7 @@ sde.py
     all of what is unresolved is trusted ¦ F, G, rest = _filter(trust.sqrt()) ¦ F, G, rest = _filter(trust) ¦ observations
     noise of what was seen not squared ¦ return lifted.flatten(1), sigma_y**2 * u ¦ return lifted.flatten(1), sigma_y * u ¦ observations
     directions not made orthogonal ¦             lifted, q = lifted - share * before[0], q - share * before[1]⏎ ¦             q = q - share * before[1]⏎ ¦ observations
-    a level judged by all of a picture ¦ v = project(torch.randn ¦ v = (torch.randn ¦ uncertainty
+    a level judged by all of a picture ¦ return project(y - denoised) ** 2 ¦ return (y - denoised) ** 2 ¦ uncertainty
     noise level's bracket upside down ¦ torch.where(excess > 0, s, below), torch.where(excess > 0, above, s) ¦ torch.where(excess > 0, below, s), torch.where(excess > 0, s, above) ¦ uncertainty
 """  # noqa: E501
 
