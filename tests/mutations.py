@@ -30,7 +30,8 @@ groups = {
     "its_recipe or first_step or stopped_twice or tells_its_story or is_a_table or that_is_kept or divergence or starts_from or "
     "go_on_from",
     "denoising": "scripts: each_method or noise_can_be or writes_what or a_large_picture or several_sizes or own_picture or "
-    "does_not_depend or denoising_refuses or texture or pixels or a_folder or one_size or observ or alpha_grows or share_is",
+    "does_not_depend or denoising_refuses or texture or pixels or a_folder or one_size or observ or "
+    "alpha_grows or pure_noise or share_is",
 }
 listed = """
 train_score.py

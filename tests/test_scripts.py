@@ -818,6 +818,15 @@ def test_a_share_is_missing_of_every_picture():
     assert abs(seen.mean().item() - 0.7) < 0.006 and torch.equal(seen[0, 0], seen[0, 1])  # 3 standard deviations
 
 
+def test_what_is_not_wholly_seen_starts_from_pure_noise_and_a_noisy_picture_from_itself():
+    y, levels, starts = torch.rand(3, 40, 50), sde.noise_levels(20.0, 0.01, 3), []
+    for A in (lambda x: x, None):
+        job = denoise.Job(utils.Picture(None, (40, 50, 3), None), y, None, 0.1, levels, A)
+        starts.append(denoise.sample(None, [job], "cpu", lambda denoiser, start, noise: start, 0, 0)[0][0])
+    assert abs(starts[0].std().item() - 20) < 0.8 and abs(starts[0].mean().item() - 0.5) < 1.1  # 4 standard deviations
+    torch.testing.assert_close(starts[1], y)
+
+
 def test_alpha_grows_with_the_picture(trained, tmp_path):
     image = np.dstack([np.load(trained / "patches.npy")[0, :8, :6], np.arange(48, dtype=np.uint8).reshape(8, 6)])
     Image.fromarray(image).save(tmp_path / "small.png")
