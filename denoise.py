@@ -139,6 +139,24 @@ class Job:
 # -----------------------------------------------------------------------------
 
 
+# What of a picture shows its noise: the `part` of sde.estimate_sigma.
+
+
+def unclipped(v, denoised, sigma, margin=1.5):
+    """Leave out the values that clipping to [0, 1] has touched: those with D within margin * sigma of an end."""
+    reach = margin * sigma.view(-1, 1, 1, 1)
+    return v * ((denoised > reach) & (denoised < 1 - reach))
+
+
+def luma(v, denoised, sigma, block=1):
+    """Keep of an image the mean of its channels over block x block pixels, where that is `unclipped`.
+
+    Lossy files keep the noise of luma and smooth that of chroma; strong compression removes the finest luma, too.
+    """
+    mean = lambda a: interpolate(avg_pool2d(a.mean(1, keepdim=True), block), scale_factor=block)  # noqa: E731
+    return unclipped(mean(v), mean(denoised), sigma).expand_as(v)
+
+
 def spread_tiles(y, size=64, rows=3):
     """Return rows x rows tiles of one picture (1, C, H, W), spread evenly, of even sides, or a small picture itself."""
     height, width = (min(size, n) // 2 * 2 or 1 for n in y.shape[2:])
@@ -152,14 +170,14 @@ def picture_level(denoiser, y, low, high, eight_bit):
     Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and
     luma, or luma over pairs of pixels, says what is there. Texture reads as up to 0.02 of luma.
     """
-    tiles, part = spread_tiles(y), sde.unclipped if eight_bit else None
+    tiles, part = spread_tiles(y), unclipped if eight_bit else None
     probes = 4 if len(tiles) == 1 else 1
     level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True, start)[0].item()  # noqa: E731
     sigma = level(part)
     if y.shape[1] == 3 and min(tiles.shape[2:]) >= 32:
-        luma = max(level(sde.luma, sigma), level(functools.partial(sde.luma, block=2), sigma))
-        if luma > max(1.5 * sigma, 0.02):
-            return luma, "stronger in brightness than in colour, as in a lossy file: judged by brightness"
+        brightness = max(level(luma, sigma), level(functools.partial(luma, block=2), sigma))
+        if brightness > max(1.5 * sigma, 0.02):
+            return brightness, "stronger in brightness than in colour, as in a lossy file: judged by brightness"
     return sigma, remarks(denoiser, tiles, sigma, low, part)
 
 
@@ -190,13 +208,13 @@ def remarks(denoiser, tiles, sigma, low, part):
 def of_any_kind(denoiser, size=None, place=(0, 0)):
     """Return a denoiser of pictures with three channels or, through the complementary noise of `sde.grey`, with one.
 
-    size, place: of a picture of which a part is denoised, see sde.seeded_noise.
+    size, place: of a picture of which a part is denoised, see utils.seeded_noise.
     """
 
     def denoise_kind(x, sigma):
         if x.shape[1] == 3:
             return denoiser(x, sigma)
-        e = sde.seeded_noise([0], size=size, place=place)(torch.empty(1, 3, *x.shape[2:]))
+        e = utils.seeded_noise([0], size=size, place=place)(torch.empty(1, 3, *x.shape[2:]))
         return sde.grey(denoiser, e.to(x))(x, sigma)
 
     return denoise_kind
@@ -324,7 +342,7 @@ def sample(network, jobs, device, sampler, draw, filmed):
     seeds = [job.seed(draw) for job in jobs]
 
     def on_tile(part, place):
-        denoiser, noise = of_any_kind(network, size, place), sde.seeded_noise(seeds, device, size, place)
+        denoiser, noise = of_any_kind(network, size, place), utils.seeded_noise(seeds, device, size, place)
         films.append(utils.Film(sde.observed(denoiser, y, A, jobs[0].sigma) if A else denoiser, filmed))
         start = 0.5 + jobs[0].levels[0] * noise(part) if A else part  # pure noise, or the noisy picture
         images = sampler(films[-1], start, noise=noise)
@@ -339,7 +357,7 @@ def sample(network, jobs, device, sampler, draw, filmed):
 def doubt(model, job, device, bar=None):
     """Give a job its expected error and the main directions of doubt of its middle; write the map of uncertainty."""
     y, size = job.y[None].to(device), job.picture.shape[:2]
-    noise = sde.seeded_noise([job.seed(0)], device)
+    noise = utils.seeded_noise([job.seed(0)], device)
     if PROBES:
         probes = probes_of(job)
         error = lambda part, place: sde.expected_error(of_any_kind(model, size, place), part, job.sigma, probes, noise)[1]  # noqa: E731

@@ -15,109 +15,79 @@ t is the level (or time) now and s < t the next one. A sampler raises ValueError
 
 import functools
 import math
-import zlib
 from itertools import pairwise
 from math import exp, expm1, log, sqrt
 
 import torch
 import torch.nn.functional as F
 
+LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
+
 # -----------------------------------------------------------------------------
-# Linear SDEs
+# Linear SDEs and noise levels
 # -----------------------------------------------------------------------------
 
 
 class LinearSDE:
-    """dx = f(t) x dt + g(t) dw, given by two functions of t: x_t = alpha(t) (x0 + sigma(t) n).
+    """dx = f(t) x dt + g(t) dw, given by x_t = alpha(t) (x0 + sigma(t) n), from which everything else follows.
 
-    alpha is the signal scale and sigma the noise-to-signal ratio; `time` is the inverse of sigma. All three map
-    tensors to tensors; everything else follows from them and is written once, here.
+    log_alpha: logarithm of the signal scale; sigma: the noise-to-signal ratio; time: the inverse of sigma; tensors to tensors.
     """
+
+    def __init__(self, log_alpha, sigma, time):
+        self.log_alpha, self.sigma, self.time = log_alpha, sigma, time
+
+    def alpha(self, t):
+        return self.log_alpha(t).exp()
 
     def times(self, levels):
         """Return the times at which sigma(t) is each of the falling noise levels."""
-        lower = [s for _, s in falling(levels)]
-        return self.time(torch.tensor([levels[0], *lower], dtype=torch.float64))
+        return self.time(torch.tensor([t for t, _ in falling(levels)] + [levels[-1]], dtype=torch.float64))
 
     def drift(self, t):
         """f(t) = (log alpha)'(t)."""
-        return _derivative(lambda t: self.alpha(t).log(), t)
+        return _derivative(self.log_alpha, t)
 
     def diffusion(self, t):
         """g(t) = alpha(t) sqrt((sigma^2)'(t))  (Karras et al. 2022, app. B)."""
         return self.alpha(t) * _derivative(lambda t: self.sigma(t) ** 2, t).sqrt()
 
     def score(self, denoiser, x_t, t):
-        """Return grad log p_t(x_t) = score(x_t / alpha, sigma) / alpha, from a denoiser; the shape of x_t."""
+        """grad log p_t(x_t) = score(x_t / alpha, sigma) / alpha, of the shape of x_t."""
         alpha, sigma = self.alpha(t), float(self.sigma(t))
         return (denoiser(x_t / alpha, sigma) - x_t / alpha) / (alpha * sigma**2)
 
     def flow(self, denoiser, x_t, t):
-        """Return dx/dt = f x - g^2 score / 2, the flow with the marginals of the SDE (Song et al. 2021, eq. 13)."""
+        """dx/dt = f x - g^2 score / 2, the flow with the marginals of the SDE (Song et al. 2021, eq. 13)."""
         return self.drift(t) * x_t - self.diffusion(t) ** 2 / 2 * self.score(denoiser, x_t, t)
 
 
-class VE(LinearSDE):
+def VE(sigma_min=0.01, sigma_max=50.0):
     """Variance exploding (Song et al. 2021, eq. 9): alpha = 1 and sigma geometric in t."""
-
-    def __init__(self, sigma_min=0.01, sigma_max=50.0):
-        self.sigma_min, self.log_ratio = sigma_min, log(sigma_max / sigma_min)
-
-    def alpha(self, t):
-        return (0 * t).exp()  # one, as a function of t that can be differentiated
-
-    def sigma(self, t):
-        return self.sigma_min * (self.log_ratio * t).exp()
-
-    def time(self, sigma):
-        return (sigma / self.sigma_min).log() / self.log_ratio
+    rate = log(sigma_max / sigma_min)
+    return LinearSDE(lambda t: 0 * t, lambda t: sigma_min * (rate * t).exp(), lambda s: (s / sigma_min).log() / rate)
 
 
-class VP(LinearSDE):
-    """Variance preserving (Song et al. 2021, eq. 11): beta linear in t, alpha = exp(-B/2) with B the integral of beta."""
-
-    def __init__(self, beta_min=0.1, beta_max=20.0):
-        self.beta_min, self.slope = beta_min, beta_max - beta_min
-
-    def alpha(self, t):
-        return (-self._integral(t) / 2).exp()
-
-    def sigma(self, t):
-        return self._integral(t).expm1().sqrt()  # alpha = (1 + sigma^2)^(-1/2)
-
-    def time(self, sigma):
-        return self._time_of_integral((sigma**2).log1p())
-
-    def _integral(self, t):
-        return self.beta_min * t + self.slope * t**2 / 2
-
-    def _time_of_integral(self, b):
-        return 2 * b / (self.beta_min + (self.beta_min**2 + 2 * self.slope * b).sqrt())
+def VP(beta_min=0.1, beta_max=20.0):
+    """Variance preserving (Song et al. 2021, eq. 11): beta linear in t, B its integral, alpha = e^(-B/2), sigma^2 = e^B - 1."""
+    B, inverse = _linear_beta(beta_min, beta_max)
+    return LinearSDE(lambda t: -B(t) / 2, lambda t: B(t).expm1().sqrt(), lambda s: inverse((s**2).log1p()))
 
 
-class SubVP(VP):
-    """Sub-VP (Song et al. 2021, eq. 12): the alpha of VP, with noise of standard deviation 1 - alpha^2."""
+def SubVP(beta_min=0.1, beta_max=20.0):
+    """Sub-VP (Song et al. 2021, eq. 12): the alpha of VP with noise 1 - alpha^2, so sigma = e^(B/2) - e^(-B/2)."""
+    B, inverse = _linear_beta(beta_min, beta_max)
+    return LinearSDE(lambda t: -B(t) / 2, lambda t: 2 * (B(t) / 2).sinh(), lambda s: inverse(2 * (s / 2).asinh()))
 
-    def sigma(self, t):
-        b = self._integral(t)
-        return -torch.expm1(-b) * (b / 2).exp()  # (1 - alpha^2) / alpha
 
-    def time(self, sigma):
-        # alpha solves alpha^2 + sigma alpha - 1 = 0, so 1 / alpha = sigma / 2 + sqrt(1 + sigma^2 / 4) and B = 2 asinh(sigma / 2)
-        return self._time_of_integral(2 * (sigma / 2).asinh())
+def _linear_beta(a, b):  # -> the integral of beta from 0 to t, and its inverse
+    return lambda t: a * t + (b - a) * t**2 / 2, lambda B: 2 * B / (a + (a**2 + 2 * (b - a) * B).sqrt())
 
 
 def _derivative(function, t):
     with torch.enable_grad():
         t = t.detach().requires_grad_()
         return torch.autograd.grad(function(t).sum(), t)[0]
-
-
-# -----------------------------------------------------------------------------
-# What a sampler is given
-# -----------------------------------------------------------------------------
-
-LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
 
 
 def noise_levels(sigma, sigma_min, steps, rho=7.0):
@@ -127,12 +97,8 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
     is not above sigma_min, there is nothing between the image and its estimate: the only level is sigma.
     Raises ValueError unless sigma and sigma_min are above LOWEST, steps >= 1, and rho is such that the levels fall.
     """
-    if not (LOWEST < sigma < math.inf and sigma_min > LOWEST):
-        raise ValueError(f"noise levels must be positive and finite, not sigma {sigma} and sigma_min {sigma_min}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, not {rho}")
+    if not (LOWEST < sigma < math.inf and sigma_min > LOWEST and steps >= 1 and rho > 0):
+        raise ValueError(f"no noise levels from sigma {sigma} to sigma_min {sigma_min} in steps {steps} with rho {rho}")
     if steps == 1 or sigma <= sigma_min:
         return torch.tensor([sigma], dtype=torch.float64)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -153,37 +119,6 @@ def falling(levels):
     if not (levels and all(t > s > LOWEST for t, s in pairwise([math.inf, *levels]))):
         raise ValueError(f"noise levels must be finite, positive and falling, not {levels}")
     return list(pairwise(levels))
-
-
-def seeded_noise(seeds, device="cpu", size=None, place=(0, 0), block=512):
-    """Return a `noise` that draws for each image from generators of its own: its draw is the same in any batch, and in tiles.
-
-    seeds: one integer per image. size, place: the height and width of the images, and the row and column in them at which the
-    part begins that the noise is for; without, it is for all of them. Parts that overlap get the same noise there at the same
-    call, since every block of block x block pixels has a generator: the first that of the seed, the others of seed and block.
-    The noise raises ValueError for another number of images.
-    """
-
-    @functools.cache
-    def generator(k, top, left):
-        seed = zlib.crc32(f"{seeds[k]} {top} {left}".encode()) if top or left else seeds[k]
-        return torch.Generator(device).manual_seed(seed)
-
-    def noise(x):
-        if len(seeds) != len(x):
-            raise ValueError(f"{len(seeds)} seeds for {len(x)} images: give one seed per image")
-        (channels, *part), whole = x.shape[1:], size or x.shape[2:]
-        tops, lefts = (range(start // block * block, start + n, block) for start, n in zip(place, part))
-
-        def drawn(k, top, left):
-            shape = (channels, *(min(block, n - start) for n, start in zip(whole, (top, left))))
-            return torch.randn(shape, generator=generator(k, top, left), dtype=x.dtype, device=x.device)
-
-        rows = [[torch.cat([drawn(k, t, left) for left in lefts], 2) for t in tops] for k in range(len(x))]
-        (top, left), (height, width) = (start % block for start in place), part
-        return torch.stack([torch.cat(image, 1)[:, top : top + height, left : left + width] for image in rows])
-
-    return noise
 
 
 # -----------------------------------------------------------------------------
@@ -213,9 +148,8 @@ def probability_flow_ode(denoiser, y, levels, sde=None, noise=None):
 
         dx = (f x - g^2 score / 2) dt,  t falling,
 
-    from the time of the noisy image to that of the last level. sde: any LinearSDE, VE() unless given. Two network calls a
-    step and one at the last level; second order in the step. The result is deterministic, sharper than E[x0 | y] with a
-    larger error, and no draw from p(x0 | y). noise is taken as everywhere, and not used.
+    as `reverse_sde` does, in second order, with two network calls a step and one at the last level. The result is
+    deterministic (noise is not used), sharper than E[x0 | y] with a larger error, and no draw from p(x0 | y).
     """
     sde = sde or VE()
     times = sde.times(levels)
@@ -237,8 +171,7 @@ def ancestral(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
     no draw from p(x0 | y): only the reverse SDE keeps the joint law of y and x0. One network call a level.
     Raises ValueError unless 0 <= eta <= 1.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+    _check(0 <= eta <= 1, "eta must lie between 0 and 1", eta)
     x = y
     for t, s in falling(levels):
         D = denoiser(x, t)
@@ -257,11 +190,9 @@ def adams(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
         x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,  b = 1 - (1 - e^(-k h)) / (k h).
 
     The predictor extrapolates D_s along the last slope; the corrector puts in the estimate at the predicted point, made
-    with the same z, which is what carries the noise to second order. One network call a level. As with `ancestral`, what
-    lies between eta 0 and 1 is no draw from p(x0 | y).
+    with the same z, which is what carries the noise to second order. One network call a level. eta: as in `ancestral`.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+    _check(0 <= eta <= 1, "eta must lie between 0 and 1", eta)
     steps, k, x, D, slope = falling(levels), 1 + eta**2, y, denoiser(y, levels[0]), 0.0
     for t, s in steps:
         h = log(t / s)
@@ -279,13 +210,13 @@ def predictor_corrector(denoiser, y, levels, corrections=1, delta=0.1, observe=T
         x <- x + (1 - s^2 / t^2) (D - x) + sqrt(t^2 - s^2) z,  then, `corrections` times,
         x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt((2 - delta) e) z,  e = delta s^2 (1 - s^2 / sigma^2).
 
-    As published, `observe` False, the corrector uses the score alone, with e = delta s^2: it samples p_s, and forgets y the
-    more it corrects. With the pull of y (Kawar et al. 2021) it samples p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n, to
-    first order in delta. The noise of variance 2 - delta, not Langevin's 2, keeps the variance of x_s around a known x0 for
+    With the pull of y (Kawar et al. 2021) a correction samples p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n, to first
+    order in delta. As published, `observe` False, it uses the score alone, with e = delta s^2: it samples p_s, and forgets y
+    the more it corrects. The noise of variance 2 - delta, not Langevin's 2, keeps the variance of x_s around a known x0 for
     any delta. One network call a step, `corrections` more at every level but the first, and one at the end.
     Raises ValueError unless 0 < delta < 2.
     """
-    _check_delta(delta)
+    _check(0 < delta < 2, "delta must lie between 0 and 2", delta)
     steps, sigma, x = falling(levels), levels[0], y
     for t, s in steps:
         x = x + (1 - (s / t) ** 2) * (denoiser(x, t) - x) + sqrt(t**2 - s**2) * noise(x)
@@ -304,13 +235,13 @@ def annealed_langevin(denoiser, y, levels, delta=0.1, noise=torch.randn_like):
         x <- m_s + sqrt(v_s / v_t) (x - m_t),  m_t = D + t^2 / sigma^2 (y - D),  v_t = t^2 (1 - t^2 / sigma^2).
 
     The first line samples p(x_t | y), since y = x_t + sqrt(sigma^2 - t^2) n. Each noise enters half here and half in the next
-    update (Leimkuhler and Matthews 2013): at a fixed level the variance is then exact for any Gaussian prior and any delta,
-    not in the limit of small delta alone. The second line moves the state to the next level along the probability flow
-    given y; m and v are the mean and variance of p(x_t | x0 = D, y). As published, the state only relaxes to the next level,
-    always a little too noisy for it, and the network takes the excess for picture. First order in the step. One network
-    call a level. Raises ValueError unless 0 < delta < 2.
+    update (Leimkuhler and Matthews 2013): at a fixed level the variance is then exact for any Gaussian prior and any delta.
+    The second line moves the state to the next level along the probability flow given y; m and v are the mean and variance of
+    p(x_t | x0 = D, y). As published, the state only relaxes to the next level, always a little too noisy for it, and the
+    network takes the excess for picture. First order in the step; one network call a level.
+    Raises ValueError unless 0 < delta < 2.
     """
-    _check_delta(delta)
+    _check(0 < delta < 2, "delta must lie between 0 and 2", delta)
     steps, sigma, x, z = falling(levels), float(levels[0]), y, noise(y)
     for t, s in steps:
         D = denoiser(x, t)
@@ -325,18 +256,8 @@ def annealed_langevin(denoiser, y, levels, delta=0.1, noise=torch.randn_like):
     return denoiser(x, levels[-1])
 
 
-def _check_delta(delta):
-    if not 0 < delta < 2:
-        raise ValueError(f"delta must lie between 0 and 2, not {delta}")
-
-
-# -----------------------------------------------------------------------------
-# The recipe this project starts from
-# -----------------------------------------------------------------------------
-
-
 def langevin(denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, noise=torch.randn_like):
-    """Run plain Langevin updates at the fixed level sigma:
+    """Run plain Langevin updates at the fixed level sigma, the recipe this project starts from:
 
         x <- x + step_size score(x, sigma) + sqrt(2 step_size temperature) z,  temperature sigma^2 unless given.
 
@@ -344,13 +265,17 @@ def langevin(denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, no
     p_sigma^(1/temperature), and neither p(x0 | y) nor p(x0). It denoises only as long as it is stopped in time.
     Raises ValueError unless sigma, step_size and steps are positive.
     """
-    if not (sigma > 0 and step_size > 0 and steps >= 1):
-        raise ValueError(f"sigma {sigma}, step_size {step_size} and steps {steps} must be positive")
+    _check(sigma > 0 and step_size > 0 and steps >= 1, "sigma, step_size and steps must be positive", (sigma, step_size, steps))
     x, temperature = y, sigma**2 if temperature is None else temperature
     for _ in range(steps):
         score = (denoiser(x, sigma) - x) / sigma**2
         x = x + step_size * score + sqrt(2 * step_size * temperature) * noise(x)
     return x
+
+
+def _check(condition, words, value):
+    if not condition:
+        raise ValueError(f"{words}, not {value}")
 
 
 # -----------------------------------------------------------------------------
@@ -368,11 +293,7 @@ def posterior_covariance(denoiser, x, sigma):
         x = x.detach().requires_grad_()
         denoised = denoiser(x, sigma)
     variance = _per_image(sigma, x) ** 2
-
-    def multiply(v):
-        return variance * torch.autograd.grad(denoised, x, v, retain_graph=True)[0]
-
-    return denoised.detach(), multiply
+    return denoised.detach(), lambda v: variance * torch.autograd.grad(denoised, x, v, retain_graph=True)[0]
 
 
 def expected_error(denoiser, y, sigma, probes=8, noise=torch.randn_like):
@@ -393,8 +314,8 @@ def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.r
     the subspace. An iteration takes K products and shrinks the error of a direction by the ratio of variance K + 1 to its own.
     Raises ValueError unless 1 <= count <= the values of an image.
     """
-    if not (1 <= count <= y[0].numel() and iterations >= 1):
-        raise ValueError(f"give 1 to {y[0].numel()} components in 1 iteration or more, not {count} in {iterations}")
+    most = y[0].numel()
+    _check(1 <= count <= most and iterations >= 1, f"give 1 to {most} components and 1 iteration or more", (count, iterations))
     _, multiply = posterior_covariance(denoiser, y, sigma)
     spread = torch.stack([noise(y) for _ in range(count)], dim=1)  # (B, K, 3, H, W)
     for _ in range(iterations):
@@ -417,12 +338,11 @@ def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, 
     One network call and `probes` products an iteration, 4 to 13 of them. The standard error is s / sqrt(2 tr((I - J)^2)).
 
     part(v, D, s) -> like v: an orthogonal projection P; the level is judged by |P (y - D)|^2 = s^2 tr(P (I - J)), true on
-    average for every P that does not look at the noise. A mask made from y does; one from D hardly does (`unclipped`).
+    average for every P that does not look at the noise. A mask made from y does; one from D hardly does.
     together: all images have one level (tiles of a picture). start: where to begin, else in the geometric middle. Where a part
     leaves nothing to judge by, low comes back. Raises ValueError unless 0 < low <= high.
     """
-    if not 0 < low <= high:
-        raise ValueError(f"the levels to search must be 0 < low <= high, not {low} and {high}")
+    _check(0 < low <= high, "the levels to search must be 0 < low <= high", (low, high))
     s = torch.full((len(y),), start or math.sqrt(low * high)).to(y)
     below, above = torch.zeros_like(s), torch.full_like(s, math.inf)
     for _ in range(iterations):
@@ -461,21 +381,6 @@ def _scoring(denoiser, y, s, probes, part):
     return project(y - denoised) ** 2 + excess, information
 
 
-def unclipped(v, denoised, sigma, margin=1.5):
-    """Leave out the values that clipping to [0, 1] has touched: those with D within margin * sigma of an end. A `part`."""
-    reach = margin * _per_image(sigma, v)
-    return v * ((denoised > reach) & (denoised < 1 - reach))
-
-
-def luma(v, denoised, sigma, block=1):
-    """Keep of an image the mean of its channels over block x block pixels, where that is `unclipped`. A `part`.
-
-    Lossy files keep the noise of luma and smooth that of chroma; strong compression removes the finest luma, too.
-    """
-    mean = lambda a: F.interpolate(F.avg_pool2d(a.mean(1, keepdim=True), block), scale_factor=block)  # noqa: E731
-    return unclipped(mean(v), mean(denoised), sigma).expand_as(v)
-
-
 def grey(denoiser, noise):
     """Return a denoiser of grey images, (B, 1, H, W), from one of colour images: x, sigma -> E[x0 | x], the mean of its channels.
 
@@ -487,11 +392,8 @@ def grey(denoiser, noise):
     drawn is grey; where luma and chroma depend on each other, its law is p(x0 | y) for grey x0 only as far as the network's is.
     """
     zero_sum = math.sqrt(3) * (noise - noise.mean(1, keepdim=True))
-
-    def one_channel(x, sigma):
-        return denoiser(x + _per_image(sigma, x) * zero_sum, math.sqrt(3) * sigma).mean(1, keepdim=True)
-
-    return one_channel
+    colour = lambda x, sigma: x + _per_image(sigma, x) * zero_sum  # noqa: E731
+    return lambda x, sigma: denoiser(colour(x, sigma), math.sqrt(3) * sigma).mean(1, keepdim=True)
 
 
 def _per_image(sigma, x):  # -> (1 or B, 1, 1, 1) like x
@@ -532,26 +434,25 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolut
     The result carries no gradient. Raises ValueError unless sigma_y > 0; and where y asks for a change by 10 or more, or by
     NaN: the sampling has diverged.
     """
-    if not sigma_y > 0:
-        raise ValueError(f"sigma_y must be positive, not {sigma_y}: rounding to 8 bits alone is 0.3 / 255")
+    _check(sigma_y > 0, "sigma_y must be positive (rounding to 8 bits alone is 0.3 / 255)", sigma_y)
 
     def posterior(x, sigma):
         denoised, covariance = posterior_covariance(denoiser, x, sigma)
         variance, prior = _per_image(sigma, x) ** 2, power(x)
         r = prior / (prior + variance)
         trust = r / (r + resolution)
-        F, G, rest = _filter(trust.sqrt()), _filter(variance * r), _filter((1 - trust) * variance * r)
+        F, G, root, rest = map(_filter, (trust.sqrt(), variance * r, (variance * r).sqrt(), (1 - trust) * variance * r))
         seen, equation, response = _equation(A, denoised, sigma_y)
-        nearly = _stationary(lambda v: response(_filter((variance * r).sqrt())(v)), x, seen, sigma_y)
+        nearly = _stationary(lambda v: response(root(v)), x, seen, sigma_y)
         fill = lambda b: _conjugate_gradients(equation(G), b, nearly, 50, 1e-2)  # noqa: E731
         V = lambda v: F(covariance(F(v))) + rest(v)  # noqa: E731
-        change = _conjugate_residuals(equation(V), (y - seen).flatten(1), iterations, fill)
+        change = _conjugate_residuals(equation(V), (y - seen).flatten(1), iterations, fill).view_as(x)
         if not change.abs().max() < 10:  # nor if it is NaN
             raise ValueError(
                 f"to agree with y, a picture at noise level {sigma} would have to change by {change.abs().max():.3g}: check that "
                 "y and A have units of pixels from 0 to 1, and that the sampler starts from picture plus noise of its first level"
             )
-        return denoised + change.view_as(x)
+        return denoised + change
 
     return posterior
 
@@ -575,9 +476,9 @@ def _stationary(response, x, seen, sigma_y, probes=8):
     """
     if seen.ndim != 4:
         return lambda b: b
-    rng, cosines = torch.Generator().manual_seed(0), _cosine_transform(seen)[0]
+    rng = torch.Generator().manual_seed(0)
     white = (torch.randn(x.shape[1:], generator=rng, dtype=x.dtype).to(x).expand_as(x) for _ in range(probes))
-    filtered = _filter(1 / (sigma_y**2 + sum(cosines(response(v)) ** 2 for v in white) / probes))
+    filtered = _filter(1 / (sigma_y**2 + sum(_cosines(response(v)) ** 2 for v in white) / probes))
     return lambda b: filtered(b.view_as(seen)).flatten(1)
 
 
@@ -618,17 +519,19 @@ def _dot(a, b):  # of each image: (B, n), (B, n) -> (B, 1)
 
 def _filter(gain):
     """Return the function that multiplies the discrete cosines of pictures, over channels, rows and columns, by gain."""
-    forth, back = _cosine_transform(gain)
-    return lambda v: back(gain * forth(v))
+    return lambda v: _cosines(gain * _cosines(v), inverse=True)
 
 
-def _cosine_transform(like):
-    """Return the discrete cosine transform of pictures (B, C, H, W) of the size of `like`, and its inverse."""
-    colours, rows, columns = (_cosines(n).to(like) for n in like.shape[-3:])
-    mix = lambda v, matrix: torch.einsum("ij,bjhw->bihw", matrix, v)  # noqa: E731
-    return lambda v: rows @ mix(v, colours) @ columns.T, lambda v: mix(rows.T @ v @ columns, colours.T)
+def _cosines(v, inverse=False):
+    """Return the orthogonal discrete cosine transform of v (B, C, H, W), over channels, rows and columns, or its inverse."""
+    colours, rows, columns = (_cosine_matrix(n, v.dtype, v.device) for n in v.shape[1:])
+    if inverse:
+        colours, rows, columns = colours.T, rows.T, columns.T
+    return torch.einsum("ij,bjhw->bihw", colours, rows @ v @ columns.T)
 
 
-def _cosines(n):  # the orthogonal matrix of the discrete cosine transform, one frequency a row
+@functools.cache
+def _cosine_matrix(n, dtype, device):  # one frequency a row
     k = torch.arange(n, dtype=torch.float64)
-    return (math.pi / n * k[:, None] * (k + 0.5)).cos() * (torch.where(k > 0, 2.0, 1.0)[:, None] / n).sqrt()
+    matrix = (math.pi / n * k[:, None] * (k + 0.5)).cos() * (torch.where(k > 0, 2.0, 1.0)[:, None] / n).sqrt()
+    return matrix.to(device, dtype)

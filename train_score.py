@@ -298,6 +298,12 @@ def check_constants():
         utils.check(low <= globals()[name] <= high, name, globals()[name], f"must lie between {low} and {high}")
     utils.check(re.fullmatch(r"\w[\w.-]{0,99}", NAME), "NAME", repr(NAME), "must be up to 100 letters, digits, '.', '-' and '_'")
     utils.check(OPTIMIZER in ("muon", "adam"), "OPTIMIZER", OPTIMIZER, "must be muon or adam")
+    words = f"must be positive, at least one from {SIGMA_MIN} to {SIGMA_MAX}"
+    utils.check(all(0 < sigma < math.inf for sigma in VAL_SIGMAS) and known_sigmas(), "VAL_SIGMAS", VAL_SIGMAS, words)
+
+
+def known_sigmas():
+    return [sigma for sigma in VAL_SIGMAS if SIGMA_MIN <= sigma <= SIGMA_MAX]
 
 
 def read_data(device):
@@ -317,7 +323,9 @@ def fixed_options(train):
 
 
 def initial_weights(model, path):
-    """Give the model the weights of a checkpoint; return how many images, in how many hours, made them."""
+    """Give the model the weights of a checkpoint, if one is named; return how many images, in how many hours, made them."""
+    if path == "none":
+        return {}
     init = load_model(utils.find(path))
     if init.config != model.config:
         raise ValueError(f"--init '{path}' is another network: {init.config}, not {model.config}")
@@ -336,19 +344,15 @@ def main():
     check_constants()
     device, (rank, world) = utils.pick_device(DEVICE), utils.join_processes()
     utils.check(world <= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"must be at least {world}, an image for each process")
-    sigmas = [sigma for sigma in VAL_SIGMAS if SIGMA_MIN <= sigma <= SIGMA_MAX]
-    words = f"must be positive, at least one from {SIGMA_MIN} to {SIGMA_MAX}"
-    utils.check(sigmas and all(0 < sigma < math.inf for sigma in VAL_SIGMAS), "VAL_SIGMAS", VAL_SIGMAS, words)
     torch.manual_seed(SEED)
     bfloat16 = utils.pick_bfloat16(PRECISION, device)
     model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, bfloat16).to(device)
-    earlier = initial_weights(model, INIT) if INIT != "none" else {}
+    info = {"earlier": initial_weights(model, INIT), "hardware": utils.hardware(device, world), "torch": str(torch.__version__)}
     train, val, test = utils.first_alone(rank, lambda: read_data(device))
     training = Training(NAME, model, make_optimizers(model, OPTIMIZER, LR), len(train), BATCH_SIZE, fixed_options(train))
     steps, epoch_steps = EPOCHS * training.epoch_steps, training.epoch_steps
     law = functools.partial(noise_law, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, tails=TAILS)
-    info = {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "earlier": earlier}
-    info |= {"hardware": utils.hardware(device, world), "torch": str(torch.__version__), "test_psnr": {}}
+    info |= {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "test_psnr": {}}
     say = tqdm.write if rank == 0 else lambda text: None  # the first process speaks, measures and writes
 
     with utils.only_process(*training.files * (rank == 0)), utils.stop_signals() as stop:
@@ -365,13 +369,13 @@ def main():
                     bar.set_postfix(loss=f"{training.log_loss():.4f}")
                     say(f"step {training.step} of {steps}: loss {training.losses[-1][1]:.4f}") if bar.disable else None
                 if training.step % epoch_steps == 0 and rank == 0:
-                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, sigmas)])
+                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, known_sigmas())])
                     say(f"epoch {training.step // epoch_steps}: validation {in_words(psnr)}")
                     training.draw()
                 if time.perf_counter() - training.saved > 60 * SAVE_MINUTES and rank == 0:
                     training.save(info)
             if training.step >= steps and test is not None and rank == 0:
-                info["test_psnr"] = validate(training.averaged, test, sigmas)
+                info["test_psnr"] = validate(training.averaged, test, known_sigmas())
                 say(f"test {in_words(info['test_psnr'])}")
             if rank == 0:
                 training.save(info)

@@ -725,6 +725,37 @@ def tiled(denoiser, pixels, bar=None, halo=64):
     return denoise_tiles
 
 
+def seeded_noise(seeds, device="cpu", size=None, place=(0, 0), block=512):
+    """Return a `noise` that draws for each image from generators of its own: its draw is the same in any batch, and in tiles.
+
+    seeds: one integer per image. size, place: the height and width of the images, and the row and column in them at which the
+    part begins that the noise is for; without, it is for all of them. Parts that overlap get the same noise there at the same
+    call, since every block of block x block pixels has a generator: the first that of the seed, the others of seed and block.
+    The noise raises ValueError for another number of images.
+    """
+
+    @functools.cache
+    def generator(k, top, left):
+        seed = zlib.crc32(f"{seeds[k]} {top} {left}".encode()) if top or left else seeds[k]
+        return torch.Generator(device).manual_seed(seed)
+
+    def noise(x):
+        if len(seeds) != len(x):
+            raise ValueError(f"{len(seeds)} seeds for {len(x)} images: give one seed per image")
+        (channels, *part), whole = x.shape[1:], size or x.shape[2:]
+        tops, lefts = (range(start // block * block, start + n, block) for start, n in zip(place, part))
+
+        def drawn(k, top, left):
+            shape = (channels, *(min(block, n - start) for n, start in zip(whole, (top, left))))
+            return torch.randn(shape, generator=generator(k, top, left), dtype=x.dtype, device=x.device)
+
+        rows = [[torch.cat([drawn(k, t, left) for left in lefts], 2) for t in tops] for k in range(len(x))]
+        (top, left), (height, width) = (start % block for start in place), part
+        return torch.stack([torch.cat(image, 1)[:, top : top + height, left : left + width] for image in rows])
+
+    return noise
+
+
 class Film:
     """A denoiser that counts its calls and keeps, of the first `count` images, what it was asked and what it said.
 

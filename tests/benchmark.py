@@ -131,7 +131,7 @@ def results_table(device):
     for label, calls, denoiser in tqdm(rows, leave=False):
         parts = []
         for k in range(0, len(y), BATCH):
-            noise = sde.seeded_noise([SEED + i for i in range(k, min(k + BATCH, len(y)))], device)
+            noise = utils.seeded_noise([SEED + i for i in range(k, min(k + BATCH, len(y)))], device)
             parts.append(denoiser(y[k : k + BATCH], noise).cpu())
         table.append({"denoiser": label, **quality(torch.cat(parts), x0), "network calls": calls})
     plot_langevin(Path("figures", "langevin.png"), recipe, model, y[:STUDY_COUNT], x0[:STUDY_COUNT])
@@ -151,7 +151,7 @@ def plot_langevin(path, recipe, model, y, x0, end=0.04):
     for label, network, size, temperature, style in tqdm(lines, leave=False):
         curve = []
         denoiser = watched(network, lambda x, curve=curve: curve.append(utils.psnr(x, x0).mean().item()))
-        noise = sde.seeded_noise([SEED + i for i in range(len(y))], y.device)
+        noise = utils.seeded_noise([SEED + i for i in range(len(y))], y.device)
         sde.langevin(denoiser, y, SIGMA, max(2, round(end / size)), size, temperature, noise)
         best = f"best {max(curve):.2f} dB, after {np.argmax(curve)} updates"
         axes.plot(size * np.arange(len(curve)), curve, label=f"{label}: {best}", **style)
@@ -282,9 +282,9 @@ def observations_table(device):
 
 def plot_uncertainty(path, model, x0, draws=64, probes=256):
     """Draw for each image where it is uncertain: by the Jacobian, by the spread of draws, and the true error."""
-    noise = sde.seeded_noise(range(len(x0) * draws), x0.device)
+    noise = utils.seeded_noise(range(len(x0) * draws), x0.device)
     y = pictures.noisy(x0, SIGMA, SEED)
-    denoised, variance = sde.expected_error(model, y, SIGMA, probes, sde.seeded_noise(range(len(x0)), x0.device))
+    denoised, variance = sde.expected_error(model, y, SIGMA, probes, utils.seeded_noise(range(len(x0)), x0.device))
     levels = sde.noise_levels(SIGMA, model.sigma_min, STEPS)
     spread = sde.adams(model, y.repeat(draws, 1, 1, 1), levels, noise=noise).unflatten(0, (draws, len(x0))).std(0)
     figure = Figure(figsize=(7.5, 1.5 * len(x0) + 0.2), layout="constrained")
@@ -329,7 +329,7 @@ def speed_table(device):
     """Return rows of images and operations a second: training steps, and network calls alone and within a sampler."""
     model = read_model(CHECKPOINT, device, PRECISION)
     y, t = torch.rand(BATCH, 3, 32, 32, device=device), train_score
-    noise, grid = sde.seeded_noise(range(BATCH), device), sde.noise_levels(SIGMA, model.sigma_min, STEPS)
+    noise, grid = utils.seeded_noise(range(BATCH), device), sde.noise_levels(SIGMA, model.sigma_min, STEPS)
     trained = ScoreModel(**model.config, bfloat16=model.bfloat16).to(device)
     optimizers = t.make_optimizers(trained, t.OPTIMIZER, t.LR)
     images = torch.randint(256, (t.BATCH_SIZE, 3, 32, 32), dtype=torch.uint8, device=device)

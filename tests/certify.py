@@ -138,7 +138,7 @@ def certify(denoiser, y, x0, sigma, sigma_min):
 
 def certify_jacobian(model, y, x0, sigma, probes=64):
     """Return how often the truth lies within the intervals of a Gaussian with the variances of `expected_error`."""
-    denoised, variance = sde.expected_error(model, y, sigma, probes, sde.seeded_noise(range(SEED, SEED + len(y)), y.device))
+    denoised, variance = sde.expected_error(model, y, sigma, probes, utils.seeded_noise(range(SEED, SEED + len(y)), y.device))
     distance = (x0 - denoised).abs() / variance.clamp(min=1e-12).sqrt()
     inside = {f"in {share:.0%}": (distance < width).double().mean().item() for share, width in ((0.5, 0.6745), (0.9, 1.6449))}
     return {"sampler, network calls": f"`expected_error`, {probes} probes"} | inside
@@ -214,7 +214,7 @@ def study_forgetting(path, model, y, x0, sigma):
     """Draw the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
     error, levels = ((model(y, sigma) - x0) ** 2).mean(), sde.noise_levels(sigma, model.sigma_min, 20)
     relative = lambda x: (((x - x0) ** 2).mean() / error).item()  # noqa: E731
-    noise = lambda: sde.seeded_noise(range(SEED, SEED + len(y)), y.device)  # noqa: E731
+    noise = lambda: utils.seeded_noise(range(SEED, SEED + len(y)), y.device)  # noqa: E731
     plain, repeats = [], (0, 1, 2, 4, 8, 16)
     sde.langevin(watched(model, lambda x: plain.append(relative(x))), y, sigma, 400, noise=noise())
     lines = [("plain Langevin (the recipe)", range(len(plain)), plain, {"color": "#D55E00", "linestyle": "--"}, (406, 2.75))]
@@ -264,7 +264,7 @@ def study_dial(path, model, y, x0, sigma):
     error, clean = ((model(y, sigma) - x0) ** 2).mean().item(), power(x0)
     place = lambda x: (((x - x0) ** 2).mean().item() / error, power(x) / clean)  # noqa: E731
     levels = lambda texture: sde.noise_levels(sigma, sigma * (model.sigma_min / sigma) ** texture, 20)  # noqa: E731
-    noise = sde.seeded_noise(range(SEED, SEED + len(y)), y.device)
+    noise = utils.seeded_noise(range(SEED, SEED + len(y)), y.device)
     stopped = [(f"{t:g}", place(sde.adams(model, y, levels(t), noise=noise))) for t in (0, 0.2, 0.4, 0.6, 1)]
     draws = pictures.draw(lambda y, noise: sde.adams(model, y, levels(1), noise=noise), y, 16, BATCH, SEED).to(y.device)
     averaged = [(str(n), place(draws[:n].mean(0))) for n in (2, 4, 16)]
@@ -291,7 +291,7 @@ def study_dial(path, model, y, x0, sigma):
 
 def study_nothing(path, model, count=32):
     """Draw pictures made from pure noise alone: what the network takes for a picture."""
-    noise = sde.seeded_noise(range(SEED, SEED + count), next(model.parameters()).device)
+    noise = utils.seeded_noise(range(SEED, SEED + count), next(model.parameters()).device)
     start = 0.5 + model.sigma_max * noise(torch.zeros(count, 3, 32, 32, device=next(model.parameters()).device))
     images = sde.adams(model, start, sde.noise_levels(model.sigma_max, model.sigma_min, 40, math.inf), noise=noise)
     figure = Figure(figsize=(7.5, 3.9), layout="constrained")

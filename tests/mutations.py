@@ -120,7 +120,7 @@ sde.py
     signs become Gaussians ¦ signs = [noise(y).sign() for ¦ signs = [noise(y) for ¦ uncertainty
     components rise ¦ return variances.flip(1),  ¦ return variances,  ¦ uncertainty
     grey noise too weak ¦ zero_sum = math.sqrt(3) * ¦ zero_sum = math.sqrt(2) * ¦ uncertainty
-    all of what is unresolved is trusted ¦ F, G, rest = _filter(trust.sqrt()) ¦ F, G, rest = _filter(trust) ¦ observations
+    all of what is unresolved is trusted ¦ map(_filter, (trust.sqrt(), ¦ map(_filter, (trust, ¦ observations
     noise of what was seen not squared ¦ return lifted.flatten(1), sigma_y**2 * u ¦ return lifted.flatten(1), sigma_y * u ¦ observations
     directions not made orthogonal ¦             lifted, q = lifted - share * before[0], q - share * before[1]⏎ ¦             q = q - share * before[1]⏎ ¦ observations
     a level judged by all of a picture ¦ return project(y - denoised) ** 2 ¦ return (y - denoised) ** 2 ¦ uncertainty

@@ -45,7 +45,7 @@ def draw(sampler, y, count, batch, seed):
     stack, per_batch = [], max(1, batch // len(y))
     for first in range(0, count, per_batch):
         n = min(per_batch, count - first)
-        noise = sde.seeded_noise([seed + first * len(y) + i for i in range(n * len(y))], y.device)
+        noise = utils.seeded_noise([seed + first * len(y) + i for i in range(n * len(y))], y.device)
         stack.append(sampler(y.repeat(n, 1, 1, 1), noise).unflatten(0, (n, len(y))).cpu())
     return torch.cat(stack)
 
@@ -65,7 +65,7 @@ def level_rows(model, x0, sigmas, seed, low, high, batch=50):
     """Return a row for each level and kind of input: how near the estimates of single pictures (N, 3, 32, 32) come."""
     rows = []
     for sigma in sigmas:
-        for kind, part in (("float", None), ("8 bit", sde.unclipped)):
+        for kind, part in (("float", None), ("8 bit", denoise.unclipped)):
             y = noisy(x0, sigma, seed) if kind == "float" else eight_bits(noisy(x0, sigma, seed))
             ratio = torch.cat([sde.estimate_sigma(model, images, low, high, part=part) for images in y.split(batch)]) / sigma
             row = {"sigma": f"{sigma:g}", "input": kind, "median of found / true": ratio.median().item()}
@@ -141,7 +141,7 @@ def expected_errors(model, x0, sigma, seed, probes=8, batch=50):
     """Return the PSNR expected without the truth and the true one, of the unclipped estimate: two tensors (N,)."""
     expected, true = [], []
     for images, y in zip(x0.split(batch), noisy(x0, sigma, seed).split(batch)):
-        noise = sde.seeded_noise(range(seed, seed + len(y)), y.device)
+        noise = utils.seeded_noise(range(seed, seed + len(y)), y.device)
         denoised, variance = sde.expected_error(model, y, sigma, probes, noise)
         expected.append(-10 * variance.mean((1, 2, 3)).log10())
         true.append(-10 * ((denoised - images) ** 2).mean((1, 2, 3)).log10())

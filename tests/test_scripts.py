@@ -550,7 +550,7 @@ def test_training_refuses_bad_input_in_one_line(tmp_path, refuses, line, words):
 
 
 def seeded(y):
-    return sde.seeded_noise([denoise.Job(None, image, None, 0.1, LEVELS).seed(0) for image in y])
+    return utils.seeded_noise([denoise.Job(None, image, None, 0.1, LEVELS).seed(0) for image in y])
 
 
 def read_jobs(model):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import sde
+import utils
 from sde import VE, VP, SubVP, noise_levels
 
 MU, C, SIGMA = 0.4, 0.3, 0.5
@@ -150,13 +151,13 @@ def test_samplers_refuse_levels_that_do_not_fall(sampler, levels):
 
 def test_the_noise_of_a_part_is_that_of_the_whole_there():
     x, size = torch.zeros(2, 3, 90, 70), (90, 70)
-    whole, part = (sde.seeded_noise([5, 6], size=size, place=place, block=32) for place in ((0, 0), (20, 40)))
+    whole, part = (utils.seeded_noise([5, 6], size=size, place=place, block=32) for place in ((0, 0), (20, 40)))
     for _ in range(2):
         assert torch.equal(part(x[:, :, 20:75, 40:70]), whole(x)[:, :, 20:75, 40:70])
 
 
 def test_noise_in_blocks_is_unit_gaussian_and_independent():
-    noise = sde.seeded_noise([5, 6], block=16)
+    noise = utils.seeded_noise([5, 6], block=16)
     draws = torch.stack([noise(torch.zeros(2, 3, 128, 128)) for _ in range(2)])  # (call, image, channel, row, column)
     blocks = draws.unfold(3, 16, 16).unfold(4, 16, 16).permute(0, 1, 3, 4, 2, 5, 6).reshape(256, 768).double()
     n = blocks.numel()
@@ -168,14 +169,14 @@ def test_noise_in_blocks_is_unit_gaussian_and_independent():
 
 def test_a_picture_of_one_block_has_one_stream_of_noise():
     x, rng = torch.zeros(1, 3, 512, 40), torch.Generator().manual_seed(7)
-    noise = sde.seeded_noise([7])
+    noise = utils.seeded_noise([7])
     assert all(torch.equal(noise(x)[0], torch.randn(3, 512, 40, generator=rng)) for _ in range(2))
 
 
 @pytest.mark.parametrize("sampler", POSTERIOR_SAMPLERS)
 def test_one_seed_per_image_makes_a_draw_independent_of_its_batch(sampler):
     y, levels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), noise_levels(SIGMA, 0.01, 5)
-    draw = lambda y, seeds: sampler(gaussian(), y, levels, noise=sde.seeded_noise(seeds))  # noqa: E731
+    draw = lambda y, seeds: sampler(gaussian(), y, levels, noise=utils.seeded_noise(seeds))  # noqa: E731
     together = draw(y, [7, 8, 9])
     assert torch.equal(draw(y[1:2], [8]), together[1:2])
     assert torch.equal(draw(y.flip(0), [9, 8, 7]), together.flip(0))
@@ -395,7 +396,7 @@ def test_an_eta_that_is_no_share_of_the_noise_is_refused():
 @pytest.mark.parametrize("sampler", ODE_SOLVERS)
 def test_flows_do_not_depend_on_the_noise(sampler):
     y = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    first, second = (sampler(gaussian(), y, [SIGMA, 0.2, 0.1], noise=sde.seeded_noise([seed, 3])) for seed in (1, 2))
+    first, second = (sampler(gaussian(), y, [SIGMA, 0.2, 0.1], noise=utils.seeded_noise([seed, 3])) for seed in (1, 2))
     assert torch.equal(first, second)
 
 
@@ -443,16 +444,8 @@ def published_edm(denoiser, y, levels, noise):
     return denoiser(x, levels[-1])
 
 
-class SigmaIsTime(sde.LinearSDE):
-    """The process of Karras et al. 2022: x_t = x0 + t n."""
-
-    def alpha(self, t):
-        return (0 * t).exp()
-
-    def sigma(self, t):
-        return t
-
-    time = sigma
+def sigma_is_time():  # the process of Karras et al. 2022: x_t = x0 + t n
+    return sde.LinearSDE(lambda t: 0 * t, lambda t: t, lambda s: s)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +453,7 @@ class SigmaIsTime(sde.LinearSDE):
     [
         (sde.ancestral, published_ddpm),
         (functools.partial(sde.ancestral, eta=0.0), published_ddim),
-        (functools.partial(sde.probability_flow_ode, sde=SigmaIsTime()), published_edm),
+        (functools.partial(sde.probability_flow_ode, sde=sigma_is_time()), published_edm),
     ],
     ids=["ddpm", "ddim", "edm"],
 )
@@ -468,7 +461,7 @@ def test_samplers_equal_the_published_ones(ours, published):
     y = torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     denoiser = lambda x, s: gaussian()(x, s) + 0.05 * torch.sin(5 * x) * s  # noqa: E731
     levels = noise_levels(SIGMA, 0.01, 8).tolist()
-    results = [sampler(denoiser, y, levels, noise=sde.seeded_noise([1, 2])) for sampler in (ours, published)]
+    results = [sampler(denoiser, y, levels, noise=utils.seeded_noise([1, 2])) for sampler in (ours, published)]
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
