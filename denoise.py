@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ WHITE = None  # value of white in files of more than 8 bits; none: found, and sa
 SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise is added, else estimated from the picture
 ADD_NOISE = False  # do so, and what is below, to your own pictures too, as is always done to "samples" and "cifar10"
 # what was seen, if it is not the whole picture: one of these at most; SIGMA is then the noise in it, 0.02 unless given
-MASK = "none"  # file of a mask, white where the picture is missing; where noise is added also a share of missing pixels, 0.5
+MASK = "none"  # file of a mask, white where the picture is missing; or a share of missing pixels, 0.5
 BLUR = 0.0  # standard deviation, in pixels, of a Gaussian blur to undo
 ENLARGE = 1  # how many times larger to make the picture, both ways
 # method
@@ -57,7 +58,7 @@ LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sig
 # how sure
 DRAWS = None  # of each picture, by methods that draw; none: 2 of the built-in ones, 1 of yours, 4 of those not wholly seen
 PROBES = 8  # random vectors behind the expected PSNR and the map of uncertainty, a call or two each; 0: neither
-COMPONENTS = 0  # main directions of doubt to show, of pictures up to 128 x 128 pixels
+COMPONENTS = 0  # main directions of doubt to show, of the middle 128 x 128 pixels
 # run
 SEED = 0  # of the noise that is added
 DRAW_SEED = 0  # of the draws, with the noisy picture itself: the same picture gets the same draws in any company
@@ -71,10 +72,16 @@ SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in OU
 defaults = utils.options(globals())
 
 
+class Method(NamedTuple):
+    sampler: Callable
+    levels: int  # that it needs for draws of the right law
+    calls: int  # of the network, a level
+    draws: bool  # whether its result is a draw
+
+
 def methods():
-    """Return by name: the sampler, the noise levels it needs for draws of the right law, its calls a level, whether it draws."""
     process = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}[SDE]()
-    return {
+    found = {
         "mmse": (sde.adams, 1, 1, False),  # E[x0 | y]: one level is one step
         "sde": (sde.adams, 20, 1, True),  # the reverse-time SDE, second order
         "ode": (functools.partial(sde.adams, eta=0.0), 20, 1, False),  # the probability-flow ODE, second order
@@ -85,6 +92,7 @@ def methods():
         "annealed": (sde.annealed_langevin, 100, 1, True),
         "langevin": (langevin, 1, LANGEVIN_STEPS, True),  # the original recipe; forgets the picture if it runs on
     }
+    return {name: Method(*values) for name, values in found.items()}
 
 
 def langevin(denoiser, y, levels, noise):
@@ -110,6 +118,21 @@ class Job:
         """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
         pixels = functools.reduce(lambda crc, channel: zlib.crc32(channel.contiguous().numpy(), crc), self.y, 0)
         return zlib.crc32(f"{DRAW_SEED} {draw}".encode(), pixels)
+
+    @functools.cached_property
+    def owner(self):
+        return owner_of(self.picture.source)
+
+    @functools.cached_property
+    def name(self):
+        """A name under which none of what may be written of a job is there, or all is our own."""
+        pictures = ["mmse", METHOD, "mean", *(f"{METHOD}_{k + 1}" for k in range(draws_of(self)))]
+        endings = [f"_{kind}{suffix}" for kind in ("uncertainty", "spread") for suffix in (".npy", ".png")]
+        endings += [f"_{kind}{self.picture.suffix}" for kind in pictures] + ["_components.png", f"_{METHOD}.csv"]
+        return utils.free_name(OUTPUT, self.picture.name, endings, self.owner)
+
+    def path(self, ending):
+        return Path(OUTPUT, self.name + ending)
 
     def seen(self):
         """Return y in the size of the result."""
@@ -258,8 +281,8 @@ def read_jobs(model, device, notify, failed):
             x0 = y[:, :height, :width]
             (y,) = utils.add_noise([as_array(A(x0[None])[0] if A else x0)], sigma, rng)
             y = torch.from_numpy(y).permute(2, 0, 1)
-        y = A(y) if MASK != "none" else y
-        low, high = (level / math.sqrt(4 - len(y)) for level in (model.sigma_min, model.sigma_max))  # grey: over sqrt(3)
+        y = A(y) if MASK != "none" else y  # nothing where nothing is seen, in place of noise
+        low, high = (level / math.sqrt(3 if len(y) == 1 else 1) for level in (model.sigma_min, model.sigma_max))  # see sde.grey
         if A:
             picture.resize(height, width)
         elif sigma is None:
@@ -270,7 +293,7 @@ def read_jobs(model, device, notify, failed):
         if not (A or low <= sigma <= high):
             trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
             raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
-        steps = 1 if METHOD in ("mmse", "langevin") else STEPS or (30 if A else methods()[METHOD][1])
+        steps = 1 if METHOD in ("mmse", "langevin") else STEPS or (30 if A else methods()[METHOD].levels)
         start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
         levels = sde.noise_levels(start, start * (low / start) ** TEXTURE, steps, RHO or rho)
         yield Job(picture, y, x0, sigma, levels, A)
@@ -298,7 +321,7 @@ def batches(jobs):
 
 def draws_of(job):
     usual = 1 if is_file(OUTPUT) else 4 if job.A else 2 if job.picture.builtin else 1
-    return (DRAWS or usual) if methods()[METHOD][3] else 1
+    return (DRAWS or usual) if methods()[METHOD].draws else 1
 
 
 def probes_of(job):
@@ -307,8 +330,8 @@ def probes_of(job):
 
 def work(job):
     """Return about how many pixels go through the network for a picture, for the progress bar; a product counts as two calls."""
-    size, (_, _, calls_a_level, _) = job.picture.shape[:2], methods()[METHOD]
-    calls = len(job.levels) * calls_a_level * draws_of(job) + (METHOD != "mmse" and not job.A)
+    size = job.picture.shape[:2]
+    calls = len(job.levels) * methods()[METHOD].calls * draws_of(job) + (METHOD != "mmse" and not job.A)
     doubt = 1 + 2 * probes_of(job) if PROBES and job.x0 is None and not job.A else 0
     return calls * utils.pixels_seen(*size, BATCH_PIXELS) + doubt * utils.pixels_seen(*size, BATCH_PIXELS // 7, halo=32)
 
@@ -318,7 +341,7 @@ def denoise(model, jobs, device, filmed, bar=None):
     levels, draws = jobs[0].levels, draws_of(jobs[0])
     network = utils.tiled(model, BATCH_PIXELS, bar)
     passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse" and not jobs[0].A)
-    passes += [(METHOD, methods()[METHOD][0], levels, draw) for draw in range(draws)]
+    passes += [(METHOD, methods()[METHOD].sampler, levels, draw) for draw in range(draws)]
     for method, sampler, levels, draw in passes:
         first = filmed if method == METHOD and draw == 0 else 0
         began = time.perf_counter()
@@ -386,66 +409,55 @@ def is_file(output):
 
 def write(job):
     """Write what is asked for of a job, in place of no file but our own; return the paths of the denoised pictures."""
-    picture, owner = job.picture, owner_of(job.picture.source)
+    picture, images, draws = job.picture, {}, job.results[METHOD][0]
     if is_file(OUTPUT):
-        return [utils.write_picture(OUTPUT, picture, as_array(job.results[METHOD][0][0]), owner)]
-    images, name, draws = {}, name_of(job), job.results[METHOD][0]
+        return [utils.write_picture(OUTPUT, picture, as_array(draws[0]), job.owner)]
     for method, (several, *_) in job.results.items():
         images |= {f"{method}_{k + 1}" if len(several) > 1 else method: image for k, image in enumerate(several)}
     if (DRAWS or job.A) and len(draws) > 1:
         images["mean"] = draws.mean(0)
         write_map(job, "spread", draws.var(0))
     paths = [
-        utils.write_picture(Path(OUTPUT, f"{name}_{kind}{picture.suffix}"), picture, as_array(image), owner)
+        utils.write_picture(job.path(f"_{kind}{picture.suffix}"), picture, as_array(image), job.owner)
         for kind, image in images.items()
     ]
     if len(job.components):
-        middle, path = utils.crop(job.results["mmse"][0][0], 128), Path(OUTPUT, f"{name}_components.png")
-        utils.save_components(path, middle, *job.components)
-        utils.remember(path, owner)
+        path = job.path("_components.png")
+        utils.save_components(path, utils.crop(job.results["mmse"][0][0], 128), *job.components)
+        utils.remember(path, job.owner)
     if job.frames:
-        write_frames(job, name, owner)
+        write_frames(job)
     return paths
-
-
-def name_of(job):
-    """Return the name under which none of what may be written of a job is there, or all is our own."""
-    pictures = ["mmse", METHOD, "mean", *(f"{METHOD}_{k + 1}" for k in range(draws_of(job)))]
-    endings = [f"_{kind}{suffix}" for kind in ("uncertainty", "spread") for suffix in (".npy", ".png")]
-    endings += [f"_{kind}{job.picture.suffix}" for kind in pictures] + ["_components.png", f"_{METHOD}.csv"]
-    return utils.free_name(OUTPUT, job.picture.name, endings, owner_of(job.picture.source))
 
 
 def write_map(job, kind, variance):
     """Write the map of the standard deviation of every value, if the output is a folder."""
-    if is_file(OUTPUT):
-        return
-    name = name_of(job)
-    utils.save_map(Path(OUTPUT, f"{name}_{kind}"), variance, f"{kind} of {name}: standard deviation of a pixel")
-    for suffix in (".npy", ".png"):
-        utils.remember(Path(OUTPUT, f"{name}_{kind}{suffix}"), owner_of(job.picture.source))
+    if not is_file(OUTPUT):
+        utils.save_map(job.path(f"_{kind}"), variance, f"{kind} of {job.name}: standard deviation of a pixel")
+        for suffix in (".npy", ".png"):
+            utils.remember(job.path(f"_{kind}{suffix}"), job.owner)
 
 
 def as_array(x):
     return x.permute(1, 2, 0).numpy()
 
 
-def write_frames(job, name, owner):
+def write_frames(job):
     """Write every state and estimate on the way as a picture, under names that sort, and their PSNR as a table."""
     rows = []
     for call, (sigma, state, estimate) in enumerate(job.frames):
         rows.append({"call": call, "sigma": f"{sigma:.6g}"})
         for kind, image in (("state", state), ("estimate", estimate)):
             if SAVE_FRAMES:
-                path = Path(OUTPUT, "frames", f"{name}_{METHOD}", f"{call:03}_{kind}_{sigma:.4f}.png")
+                path = Path(OUTPUT, "frames", f"{job.name}_{METHOD}", f"{call:03}_{kind}_{sigma:.4f}.png")
                 utils.save_image(path, image)
-                utils.remember(path, owner)
+                utils.remember(path, job.owner)
             if job.x0 is not None:
                 x0 = utils.crop(job.x0, 256)
                 rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
-    path = Path(OUTPUT, f"{name}_{METHOD}.csv")
+    path = job.path(f"_{METHOD}.csv")
     utils.save_csv(path, rows)
-    utils.remember(path, owner)
+    utils.remember(path, job.owner)
 
 
 def caption(image, x0):
@@ -481,13 +493,18 @@ def show(jobs, path):
     utils.save_animation(path.with_suffix(".gif"), [job.frames for job in jobs])
 
 
+def observed_by():
+    given = {"--mask": MASK != "none", "--blur": BLUR > 0, "--enlarge": ENLARGE > 1}
+    return [option for option, asked in given.items() if asked]
+
+
 def check_constants(model):
     for name in ("COUNT", "ENLARGE", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "BATCH_PIXELS"):
         value = globals()[name]
         utils.check(0 < value < math.inf, name, value, "must be positive")
     utils.check(RHO is None or RHO >= 1, "RHO", RHO, "must be at least 1")
     utils.check(0 <= BLUR < math.inf, "BLUR", BLUR, "must be a width in pixels")
-    if observed := [f"--{n}" for n, given in {"mask": MASK != "none", "blur": BLUR > 0, "enlarge": ENLARGE > 1}.items() if given]:
+    if observed := observed_by():
         utils.check(len(observed) == 1, "MASK", " ".join(observed), "--blur and --enlarge are one at a time")
         draws = METHOD not in ("mmse", "langevin") and not COMPONENTS
         utils.check(draws, "METHOD", METHOD, f"must be one that draws, or ode, and --components 0, with {observed[0]}")
@@ -510,7 +527,7 @@ def check_constants(model):
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
     walk = [name for name in methods() if name not in ("mmse", "langevin")]
     users = dict.fromkeys(("texture", "rho", "steps"), walk) | {
-        "draws": [name for name, method in methods().items() if method[3]]
+        "draws": [name for name, method in methods().items() if method.draws]
     }
     users |= {"sde": ["euler", "heun"], "langevin_steps": ["langevin"], "langevin_step_size": ["langevin"]}
     for name, known in users.items():
@@ -559,11 +576,9 @@ def main():
         for suffix in (".jpg", ".gif"):
             utils.remember(path.with_suffix(suffix), owner)
         print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
-    elif METHOD != "mmse":
-        least = "mmse" if not job.A else "the mean of the draws"
-        print(
-            f"{least} has the least error, for measurements; a draw ({METHOD}) looks natural, but its finest texture is invented"
-        )
+    elif methods()[METHOD].draws:
+        least = "the mean of the draws" if observed_by() else "mmse"
+        print(f"{least} has the least error, for measurements; a draw ({METHOD}) looks natural, its finest texture is invented")
     if failed:
         sys.exit(1)
 

@@ -1,25 +1,25 @@
 """Linear SDEs, and the samplers that run them backwards from a noisy image.
 
-A noisy image y = x0 + sigma n is a state of the SDE, at the time when the noise-to-signal ratio is sigma. So the
-reverse-time SDE started there draws from p(x0 | y), and nothing has to be generated from pure noise.
+A noisy image y = x0 + sigma n is, up to a scale, a state of the SDE, at the time when the noise-to-signal ratio is sigma. So
+the reverse-time SDE started there draws from p(x0 | y), and nothing has to be generated from pure noise.
 
 A sampler is a function (denoiser, y, levels, ..., noise) -> images, with
     denoiser   any callable (x, sigma) -> E[x0 | x]: a network, a closed form, a wrapper around either
-    y          (B, 3, H, W), the noisy images, neither clipped nor rounded
+    y          (B, C, H, W), the noisy images, neither clipped nor rounded
     levels     falling noise levels in the units of y, as from `noise_levels`; the first is that of y. A sampler ends with
                the estimate E[x0 | x] at the last one, so with one level it is the one-step estimate of least error
     noise      a callable that returns unit Gaussian noise like its argument; torch.randn_like unless given
-and it returns (B, 3, H, W), not clipped, in the precision of y, which is also the precision of the state. In every loop
-t is the level (or time) now and s < t the next one. A sampler raises ValueError if the levels do not fall.
+and it returns (B, C, H, W), not clipped, in the precision of y, which is also the precision of the state. In every loop
+t is the level (or time) now and s < t the next one. A sampler raises ValueError if the levels do not fall. `langevin`, which
+has one level, takes sigma in their place.
 """
 
 import functools
-import math
 from itertools import pairwise
-from math import exp, expm1, log, sqrt
+from math import exp, expm1, inf, log, pi, sqrt
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import avg_pool2d
 
 LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
 
@@ -93,16 +93,16 @@ def _derivative(function, t):
 def noise_levels(sigma, sigma_min, steps, rho=7.0):
     """Return `steps` falling noise levels from sigma to sigma_min, float64 (Karras et al. 2022, eq. 5).
 
-    rho spaces them evenly in sigma^(1/rho); math.inf spaces them evenly in log sigma. With one step, or where sigma
+    rho spaces them evenly in sigma^(1/rho); inf spaces them evenly in log sigma. With one step, or where sigma
     is not above sigma_min, there is nothing between the image and its estimate: the only level is sigma.
     Raises ValueError unless sigma and sigma_min are above LOWEST, steps >= 1, and rho is such that the levels fall.
     """
-    if not (LOWEST < sigma < math.inf and sigma_min > LOWEST and steps >= 1 and rho > 0):
+    if not (LOWEST < sigma < inf and sigma_min > LOWEST and steps >= 1 and rho > 0):
         raise ValueError(f"no noise levels from sigma {sigma} to sigma_min {sigma_min} in steps {steps} with rho {rho}")
     if steps == 1 or sigma <= sigma_min:
         return torch.tensor([sigma], dtype=torch.float64)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    if rho == math.inf:
+    if rho == inf:
         levels = sigma * (sigma_min / sigma) ** ramp
     else:
         a, b = (torch.tensor(s, dtype=torch.float64) ** (1 / rho) for s in (sigma, sigma_min))
@@ -116,7 +116,7 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
 def falling(levels):
     """Return the pairs (t, s) of neighbouring levels as floats; raises ValueError unless they are positive and fall."""
     levels = [float(s) for s in levels]
-    if not (levels and all(t > s > LOWEST for t, s in pairwise([math.inf, *levels]))):
+    if not (levels and all(t > s > LOWEST for t, s in pairwise([inf, *levels]))):
         raise ValueError(f"noise levels must be finite, positive and falling, not {levels}")
     return list(pairwise(levels))
 
@@ -217,7 +217,7 @@ def predictor_corrector(denoiser, y, levels, corrections=1, delta=0.1, observe=T
     Raises ValueError unless 0 < delta < 2.
     """
     _check(0 < delta < 2, "delta must lie between 0 and 2", delta)
-    steps, sigma, x = falling(levels), levels[0], y
+    steps, sigma, x = falling(levels), float(levels[0]), y
     for t, s in steps:
         x = x + (1 - (s / t) ** 2) * (denoiser(x, t) - x) + sqrt(t**2 - s**2) * noise(x)
         pull = 1 / (sigma**2 - s**2) if observe else 0.0
@@ -247,12 +247,13 @@ def annealed_langevin(denoiser, y, levels, delta=0.1, noise=torch.randn_like):
         D = denoiser(x, t)
         m_t, m_s = (D + (u / sigma) ** 2 * (y - D) for u in (t, s))
         v_t, v_s = (u**2 * (1 - (u / sigma) ** 2) for u in (t, s))
-        if t == sigma:  # y itself has no spread that could be moved: draw from p(x_s | x0 = D, y)
-            x = m_s + sqrt(v_s) * (sqrt(delta / 2) * z + sqrt(1 - delta / 2) * noise(x))
-            continue
-        z_before, z, e = z, noise(x), delta * v_t
-        x = x + e * ((D - x) / t**2 + (y - x) / (sigma**2 - t**2)) + sqrt(e / 2) * (z_before + z)
-        x = m_s + sqrt(v_s / v_t) * (x - m_t)
+        if t < sigma:
+            z_before, z, e = z, noise(x), delta * v_t
+            x = x + e * ((D - x) / t**2 + (y - x) / (sigma**2 - t**2)) + sqrt(e / 2) * (z_before + z)
+            unit = (x - m_t) / sqrt(v_t)
+        else:  # y itself has no spread: draw from p(x_s | x0 = D, y), of which z is half the noise before
+            unit = sqrt(delta / 2) * z + sqrt(1 - delta / 2) * noise(x)
+        x = m_s + sqrt(v_s) * unit
     return denoiser(x, levels[-1])
 
 
@@ -303,7 +304,7 @@ def expected_error(denoiser, y, sigma, probes=8, noise=torch.randn_like):
     It is unbiased; a mean over many pixels is precise, a single value rough, and may be negative.
     """
     denoised, multiply = posterior_covariance(denoiser, y, sigma)
-    signs = [noise(y).sign() for _ in range(probes)]
+    signs = (noise(y).sign() for _ in range(probes))
     return denoised, sum(v * multiply(v) for v in signs) / probes
 
 
@@ -312,7 +313,7 @@ def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.r
 
     Subspace iteration on products with Cov[x0 | y] (Manor and Michaeli 2024, algorithm 1), ended by the eigenvectors within
     the subspace. An iteration takes K products and shrinks the error of a direction by the ratio of variance K + 1 to its own.
-    Raises ValueError unless 1 <= count <= the values of an image.
+    Raises ValueError unless 1 <= count <= the values of an image, and iterations >= 1.
     """
     most = y[0].numel()
     _check(1 <= count <= most and iterations >= 1, f"give 1 to {most} components and 1 iteration or more", (count, iterations))
@@ -343,8 +344,8 @@ def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, 
     leaves nothing to judge by, low comes back. Raises ValueError unless 0 < low <= high.
     """
     _check(0 < low <= high, "the levels to search must be 0 < low <= high", (low, high))
-    s = torch.full((len(y),), start or math.sqrt(low * high)).to(y)
-    below, above = torch.zeros_like(s), torch.full_like(s, math.inf)
+    s = torch.full((len(y),), start or sqrt(low * high)).to(y)
+    below, above = torch.zeros_like(s), torch.full_like(s, inf)
     for _ in range(iterations):
         sums = [v.flatten(1).sum(1) for v in _scoring(denoiser, y, s, probes, part)]
         excess, information = (v.sum().expand(len(y)) for v in sums) if together else sums
@@ -365,7 +366,7 @@ def noise_map(denoiser, y, sigma, window=32, probes=4, part=None):
     """
     excess, information = _scoring(denoiser, y, torch.full((len(y),), sigma).to(y), probes, part)
     size = [min(window, n) // 2 * 2 + 1 for n in y.shape[2:]]  # odd, so that there is a middle
-    around = [F.avg_pool2d(v.mean(1, keepdim=True), size, 1, [n // 2 for n in size]) for v in (excess, information)]
+    around = [avg_pool2d(v.mean(1, keepdim=True), size, 1, [n // 2 for n in size]) for v in (excess, information)]
     return (sigma**2 + around[0] / around[1]).clamp(min=0).sqrt()
 
 
@@ -391,9 +392,8 @@ def grey(denoiser, noise):
     that of the network over sqrt(3). In a sampler the network sees a grey image with white noise at every level, so what is
     drawn is grey; where luma and chroma depend on each other, its law is p(x0 | y) for grey x0 only as far as the network's is.
     """
-    zero_sum = math.sqrt(3) * (noise - noise.mean(1, keepdim=True))
-    colour = lambda x, sigma: x + _per_image(sigma, x) * zero_sum  # noqa: E731
-    return lambda x, sigma: denoiser(colour(x, sigma), math.sqrt(3) * sigma).mean(1, keepdim=True)
+    zero_sum = sqrt(3) * (noise - noise.mean(1, keepdim=True))
+    return lambda x, sigma: denoiser(x + _per_image(sigma, x) * zero_sum, sqrt(3) * sigma).mean(1, keepdim=True)
 
 
 def _per_image(sigma, x):  # -> (1 or B, 1, 1, 1) like x
@@ -412,8 +412,11 @@ def natural_power(x):
     green - the rest: photographs' 1 / f^2 at any size, softened; within a factor of 1.4 (rms) for CIFAR-10's training images.
     """
     f, g = (torch.arange(n, dtype=x.dtype, device=x.device) / (2 * n) for n in x.shape[2:])
-    f, c = f[:, None], torch.tensor([8.6e-3, 2.4e-4, 9e-5] if x.shape[1] == 3 else [8.6e-3 / 3]).to(x)[:, None, None]
-    return c * torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / (len(f) * len(g)))
+    f, c = (
+        f[:, None],
+        [8.6e-3, 2.4e-4, 9e-5] if x.shape[1] == 3 else [8.6e-3 / 3],
+    )  # grey: of one channel, not of the sum of three
+    return torch.tensor(c).to(x)[:, None, None] * torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / x[0, 0].numel())
 
 
 def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolution=0.01):
@@ -448,10 +451,8 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolut
         V = lambda v: F(covariance(F(v))) + rest(v)  # noqa: E731
         change = _conjugate_residuals(equation(V), (y - seen).flatten(1), iterations, fill).view_as(x)
         if not change.abs().max() < 10:  # nor if it is NaN
-            raise ValueError(
-                f"to agree with y, a picture at noise level {sigma} would have to change by {change.abs().max():.3g}: check that "
-                "y and A have units of pixels from 0 to 1, and that the sampler starts from picture plus noise of its first level"
-            )
+            words = f"at noise level {sigma} the observation asks for a change by {change.abs().max():.3g}"
+            raise ValueError(f"{words}: check the units of y and A, pixels from 0 to 1, and the first level of the sampler")
         return denoised + change
 
     return posterior
@@ -491,9 +492,10 @@ def _conjugate_residuals(apply, b, iterations, precondition):
             share = _dot(q, before[1])
             lifted, q = lifted - share * before[0], q - share * before[1]
         size = _dot(q, q).sqrt().clamp_min(1e-30)  # 0 for an image that is solved
-        directions.append((lifted / size, q / size))
-        step = _dot(r, q / size)
-        solution, r = solution + step * lifted / size, r - step * q / size
+        lifted, q = lifted / size, q / size
+        directions.append((lifted, q))
+        step = _dot(r, q)
+        solution, r = solution + step * lifted, r - step * q
     return solution
 
 
@@ -524,14 +526,13 @@ def _filter(gain):
 
 def _cosines(v, inverse=False):
     """Return the orthogonal discrete cosine transform of v (B, C, H, W), over channels, rows and columns, or its inverse."""
-    colours, rows, columns = (_cosine_matrix(n, v.dtype, v.device) for n in v.shape[1:])
-    if inverse:
-        colours, rows, columns = colours.T, rows.T, columns.T
+    matrices = (_cosine_matrix(n, v.dtype, v.device) for n in v.shape[1:])
+    colours, rows, columns = (matrix.T if inverse else matrix for matrix in matrices)
     return torch.einsum("ij,bjhw->bihw", colours, rows @ v @ columns.T)
 
 
 @functools.cache
 def _cosine_matrix(n, dtype, device):  # one frequency a row
     k = torch.arange(n, dtype=torch.float64)
-    matrix = (math.pi / n * k[:, None] * (k + 0.5)).cos() * (torch.where(k > 0, 2.0, 1.0)[:, None] / n).sqrt()
+    matrix = (pi / n * k[:, None] * (k + 0.5)).cos() * (torch.where(k > 0, 2.0, 1.0)[:, None] / n).sqrt()
     return matrix.to(device, dtype)

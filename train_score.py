@@ -80,7 +80,8 @@ def denoising_loss(model, x0, sigma, noise):
     every level. x0, noise: (B, 3, H, W). sigma: (B,).
     """
     s = sigma[:, None, None, None]
-    return ((model(x0 + s * noise, sigma) - x0) ** 2 / typical_error(s)).mean()
+    x = x0 + s * noise
+    return ((model(x, sigma) - x0) ** 2 / typical_error(s)).mean()
 
 
 def typical_error(sigma):
@@ -251,8 +252,7 @@ class Training:
         utils.save_checkpoint(self.resume, kept | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
         info |= {"images_seen": self.images_seen, "epochs": self.step / self.epoch_steps, "hours": self.seconds / 3600}
         info |= {"val_psnr": self.psnrs[-1][1] if self.psnrs else {}}
-        kept = {"config": self.model.config, "weights": self.averaged.state_dict(), "info": info}
-        utils.save_checkpoint(self.network, kept)
+        utils.save_checkpoint(self.network, {"config": self.model.config, "weights": self.averaged.state_dict(), "info": info})
         utils.save_curves(self.table, self.losses, self.psnrs, self.images / self.epoch_steps)
         self.saved = time.perf_counter()
 
@@ -367,7 +367,8 @@ def main():
                 bar.update(training.images_seen - bar.n)
                 if training.step % LOG_STEPS == 0:
                     bar.set_postfix(loss=f"{training.log_loss():.4f}")
-                    say(f"step {training.step} of {steps}: loss {training.losses[-1][1]:.4f}") if bar.disable else None
+                    if bar.disable:
+                        say(f"step {training.step} of {steps}: loss {training.losses[-1][1]:.4f}")
                 if training.step % epoch_steps == 0 and rank == 0:
                     training.psnrs.append([training.step, psnr := validate(training.averaged, val, known_sigmas())])
                     say(f"epoch {training.step // epoch_steps}: validation {in_words(psnr)}")

@@ -912,11 +912,7 @@ def means(rows, key, name):
 
 
 def plot_training(path, losses, psnrs, images_per_step):
-    """Draw the loss, and the validation PSNR of each noise level, against the images seen, and write them beside it.
-
-    losses, psnrs: as in save_curves.
-    """
-    save_curves(path.with_suffix(".csv"), losses, psnrs, images_per_step)
+    """Draw the loss, and the validation PSNR of each noise level, against the images seen. losses, psnrs: as in save_curves."""
     levels = list(psnrs[-1][1]) if psnrs else []
     rows = math.ceil((1 + len(levels)) / 3)
     figure = Figure(figsize=(10, 2.4 * rows), layout="constrained")

@@ -117,9 +117,9 @@ sde.py
     annealed noise ¦ + sqrt(e / 2) * (z_before ¦ + sqrt(e) * (z_before ¦ sde: annealed or order
     Langevin's noise ¦ sqrt(2 * step_size * temperature) ¦ sqrt(step_size * temperature) ¦ sde: angevin
     last division by alpha ¦     return denoiser(x / sde.alpha(times[-1]), levels[-1])⏎⏎⏎def probability ¦     return denoiser(x, levels[-1])⏎⏎⏎def probability ¦ sde: reverse or draws
-    signs become Gaussians ¦ signs = [noise(y).sign() for ¦ signs = [noise(y) for ¦ uncertainty
+    signs become Gaussians ¦ signs = (noise(y).sign() for ¦ signs = (noise(y) for ¦ uncertainty
     components rise ¦ return variances.flip(1),  ¦ return variances,  ¦ uncertainty
-    grey noise too weak ¦ zero_sum = math.sqrt(3) * ¦ zero_sum = math.sqrt(2) * ¦ uncertainty
+    grey noise too weak ¦ zero_sum = sqrt(3) * ¦ zero_sum = sqrt(2) * ¦ uncertainty
     all of what is unresolved is trusted ¦ map(_filter, (trust.sqrt(), ¦ map(_filter, (trust, ¦ observations
     noise of what was seen not squared ¦ return lifted.flatten(1), sigma_y**2 * u ¦ return lifted.flatten(1), sigma_y * u ¦ observations
     directions not made orthogonal ¦             lifted, q = lifted - share * before[0], q - share * before[1]⏎ ¦             q = q - share * before[1]⏎ ¦ observations

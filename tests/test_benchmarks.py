@@ -1,6 +1,7 @@
 """The statistics that certify draws, the comparisons, and that each table and figure can be made."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,13 @@ def test_without_noise_classical_means_undo_what_was_done_to_a_smooth_picture():
         _, y = observations.observe(name, x0, 1e-6, 0)
         for label, tried in observations.classical(name, y).items():
             assert max(utils.psnr(images, x0).item() for images in tried) > 40, label
+
+
+def test_every_file_that_the_readme_names_is_there():
+    named = re.findall(r"(?:figures|checkpoints|tests)/\w+\.\w+", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "figures/langevin.png" in named
+    for name in named:
+        assert (ROOT / name).is_file(), name
 
 
 def test_every_wrong_change_has_one_place_in_the_code():
