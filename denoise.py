@@ -190,15 +190,16 @@ def spread_tiles(y, size=64, rows=3):
 def picture_level(denoiser, y, low, high, eight_bit):
     """Return the noise level of one picture (1, C, H, W), on a few tiles, and what there is to say of its noise.
 
-    Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and
-    luma, or luma over pairs of pixels, says what is there. Texture reads as up to 0.02 of luma.
+    Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and luma
+    says what is there, or, where that is smoothed as well, luma over pairs of pixels. Texture reads as up to 0.02 of luma.
     """
     tiles, part = spread_tiles(y), unclipped if eight_bit else None
     probes = 4 if len(tiles) == 1 else 1
     level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True, start)[0].item()  # noqa: E731
     sigma = level(part)
     if y.shape[1] == 3 and min(tiles.shape[2:]) >= 32:
-        brightness = max(level(luma, sigma), level(functools.partial(luma, block=2), sigma))
+        fine, coarse = level(luma, sigma), level(functools.partial(luma, block=2), sigma)
+        brightness = coarse if coarse > 2 * fine else fine
         if brightness > max(1.5 * sigma, 0.02):
             return brightness, "stronger in brightness than in colour, as in a lossy file: judged by brightness"
     return sigma, remarks(denoiser, tiles, sigma, low, part)

@@ -229,6 +229,15 @@ def test_the_level_of_luma_is_that_of_the_mean_of_channels(block):
     assert abs((found / exact).log().item()) < 4 * math.sqrt(2 / (100 * means.numel())) / 2
 
 
+def test_a_picture_without_noise_in_its_colours_is_judged_by_the_finest_brightness_that_has_noise():
+    # Half of the noise is shared by 2 x 2 pixels, as texture is: their means would say 1.58 times as much.
+    x0, blocks = torch.full((1, 3, 64, 64), 0.5, dtype=torch.float64), normal(1, 1, 32, 32, seed=1)
+    n = 0.05 * (normal(1, 1, 64, 64) + blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)) / math.sqrt(2)
+    found, note = denoise.picture_level(known(x0), x0 + n, 0.001, 2.0, eight_bit=True)
+    exact = math.sqrt(3) * n.square().mean().sqrt().item()
+    assert abs(math.log(found / exact)) < 4 * math.sqrt(2 / (4 * n.numel())) / 2 and "brightness" in note
+
+
 @pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2])
 def test_clipping_does_not_lower_the_level(sigma):
     # A value 1.5 sigma from an end has lost 11 % of its variance, those kept 5 % on average at sigma 0.2: 2.5 % of sigma.
