@@ -412,10 +412,8 @@ def natural_power(x):
     green - the rest: photographs' 1 / f^2 at any size, softened; within a factor of 1.4 (rms) for CIFAR-10's training images.
     """
     f, g = (torch.arange(n, dtype=x.dtype, device=x.device) / (2 * n) for n in x.shape[2:])
-    f, c = (
-        f[:, None],
-        [8.6e-3, 2.4e-4, 9e-5] if x.shape[1] == 3 else [8.6e-3 / 3],
-    )  # grey: of one channel, not of the sum of three
+    f = f[:, None]
+    c = [8.6e-3, 2.4e-4, 9e-5] if x.shape[1] == 3 else [8.6e-3 / 3]  # grey: of one channel, not of the sum of three
     return torch.tensor(c).to(x)[:, None, None] * torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / x[0, 0].numel())
 
 
