@@ -8,7 +8,7 @@
     python denoise.py --help                            # every constant below is an option
 
 Prints a table and writes the denoised pictures: NAME_mmse has the least error, NAME_sde natural texture, of which the finest
-is invented. For the built-in pictures it adds a figure, an animation, and the frames on the way.
+is invented. For the built-in pictures it adds a figure, an animation, and the frames on the way; for yours with --figures yes.
 """
 
 import functools
@@ -36,6 +36,7 @@ from model import load_model
 # pictures
 INPUT = ("samples",)  # "samples" (five photographs), "cifar10" (its test images), and paths of pictures, .npy arrays, folders
 COUNT = 1000  # at most so many
+LISTED = 16  # up to so many have a line each in the table; so many of the built-in ones an expected PSNR
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
 OUTPUT = "output"  # folder for all that is written; for one picture also a file
 WHITE = None  # value of white in files of more than 8 bits; none: found, and said
@@ -49,7 +50,7 @@ ENLARGE = 1  # how many times larger to make the picture, both ways
 # method
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
 METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see `methods` for more
-STEPS = None  # noise levels from sigma down to the lowest trained one; none: as many as the method needs for the right law
+STEPS = None  # noise levels from sigma down to the lowest trained one; none: what the method needs for the right law, or 30
 RHO = None  # they are even in sigma^(1 / RHO), inf: in log sigma; none: 7, and inf for a picture not wholly seen
 TEXTURE = 1.0  # 1 follows the SDE to its end; less stops early, at sigma^(1 - TEXTURE) lowest^TEXTURE; 0 is "mmse"
 SDE = "ve"  # the process of "euler" and "heun": "ve", "vp" or "subvp"
@@ -67,16 +68,16 @@ PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfl
 BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small pictures, or a tile of a large one
 FIGURES = "auto"  # figure, animation, frames: "yes", "no", or "auto": of the built-in pictures
 SHOWN = 2  # pictures in them
-SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in OUTPUT/frames
+SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in a folder NAME_METHOD_frames
 # -----------------------------------------------------------------------------
 defaults = utils.options(globals())
 
 
 class Method(NamedTuple):
     sampler: Callable
-    levels: int  # that it needs for draws of the right law
+    steps: int  # noise levels that it needs for the right law
     calls: int  # of the network, a level
-    draws: bool  # whether its result is a draw
+    draws: bool  # whether its result is a draw from p(x0 | y)
 
 
 def methods():
@@ -90,7 +91,7 @@ def methods():
         "ancestral": (sde.ancestral, 100, 1, True),
         "pc": (sde.predictor_corrector, 50, 2, True),
         "annealed": (sde.annealed_langevin, 100, 1, True),
-        "langevin": (langevin, 1, LANGEVIN_STEPS, True),  # the original recipe; forgets the picture if it runs on
+        "langevin": (langevin, 1, LANGEVIN_STEPS, False),  # the original recipe; forgets the picture if it runs on
     }
     return {name: Method(*values) for name, values in found.items()}
 
@@ -128,7 +129,8 @@ class Job:
         """A name under which none of what may be written of a job is there, or all is our own."""
         pictures = ["mmse", METHOD, "mean", *(f"{METHOD}_{k + 1}" for k in range(draws_of(self)))]
         endings = [f"_{kind}{suffix}" for kind in ("uncertainty", "spread") for suffix in (".npy", ".png")]
-        endings += [f"_{kind}{self.picture.suffix}" for kind in pictures] + ["_components.png", f"_{METHOD}.csv"]
+        endings += [f"_{kind}{self.picture.suffix}" for kind in pictures]
+        endings += ["_components.png", f"_{METHOD}.csv", f"_{METHOD}_frames"]
         return utils.free_name(OUTPUT, self.picture.name, endings, self.owner)
 
     def path(self, ending):
@@ -294,7 +296,8 @@ def read_jobs(model, device, notify, failed):
         if not (A or low <= sigma <= high):
             trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
             raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
-        steps = 1 if METHOD in ("mmse", "langevin") else STEPS or (30 if A else methods()[METHOD].levels)
+        least = methods()[METHOD].steps
+        steps = 1 if least == 1 else STEPS or (max(30, least) if A else least)
         start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
         levels = sde.noise_levels(start, start * (low / start) ** TEXTURE, steps, RHO or rho)
         yield Job(picture, y, x0, sigma, levels, A)
@@ -306,10 +309,10 @@ def read_jobs(model, device, notify, failed):
 
 
 def batches(jobs):
-    """Yield lists of neighbouring jobs that share their size and noise level, at most BATCH_PIXELS pixels together."""
-    batch = []
+    """Yield lists of neighbouring jobs that are alike: in size, noise level and kind, at most BATCH_PIXELS pixels together."""
+    batch, kind = [], lambda job: (job.y.shape, job.sigma, job.picture.builtin)
     for job in jobs:
-        if batch and (batch[0].y.shape, batch[0].sigma) != (job.y.shape, job.sigma):
+        if batch and kind(batch[0]) != kind(job):
             yield batch
             batch = []
         batch.append(job)
@@ -330,11 +333,11 @@ def probes_of(job):
 
 
 def work(job):
-    """Return about how many pixels go through the network for a picture, for the progress bar; a product counts as two calls."""
+    """Return about how many pixels go through the network for a picture, for the progress bar, and how many for `doubt`."""
     size = job.picture.shape[:2]
     calls = len(job.levels) * methods()[METHOD].calls * draws_of(job) + (METHOD != "mmse" and not job.A)
-    doubt = 1 + 2 * probes_of(job) if PROBES and job.x0 is None and not job.A else 0
-    return calls * utils.pixels_seen(*size, BATCH_PIXELS) + doubt * utils.pixels_seen(*size, BATCH_PIXELS // 7, halo=32)
+    products = 1 + 2 * probes_of(job) if PROBES else 0  # a product counts as two calls
+    return calls * utils.pixels_seen(*size, BATCH_PIXELS), products * utils.pixels_seen(*size, BATCH_PIXELS // 7, halo=32)
 
 
 def denoise(model, jobs, device, filmed, bar=None):
@@ -355,11 +358,17 @@ def denoise(model, jobs, device, filmed, bar=None):
             job.frames = [(sigma, x[k].cpu(), denoised[k].cpu()) for sigma, x, denoised in film.frames]
 
 
+def fill(y, A, sigma, like):
+    """Return what y = A(x0) + sigma n makes most likely, like `like`, for a Gaussian prior with the spectrum of photographs."""
+    return sde.observed(lambda x, sigma: 0.5 + 0 * x, y, A, sigma, resolution=1e6)(like, 1e6)  # a level that shows nothing
+
+
 def sample(network, jobs, device, sampler, draw, filmed):
     """Return what a sampler makes of jobs, on the CPU, and its Film.
 
     A large picture goes through all of it tile by tile, with the noise of its place: then the states of all levels take the
-    memory of one tile. Where it is filmed, or not wholly seen, it stays whole, and `network` works in tiles.
+    memory of one tile. Where it is filmed, or not wholly seen, it stays whole, and `network` works in tiles. What is not wholly
+    seen starts from a classical fill and the strongest noise that the network knows: where that is strong, from pure noise.
     """
     A, size, films = jobs[0].A, jobs[0].picture.shape[:2], []
     y = (torch.stack([job.y for job in jobs]) if len(jobs) > 1 else jobs[0].y[None]).to(device)  # no copy of a large one
@@ -368,13 +377,13 @@ def sample(network, jobs, device, sampler, draw, filmed):
     def on_tile(part, place):
         denoiser, noise = of_any_kind(network, size, place), utils.seeded_noise(seeds, device, size, place)
         films.append(utils.Film(sde.observed(denoiser, y, A, jobs[0].sigma) if A else denoiser, filmed))
-        start = 0.5 + jobs[0].levels[0] * noise(part) if A else part  # pure noise, or the noisy picture
+        start = fill(y, A, jobs[0].sigma, part) + jobs[0].levels[0] * noise(part) if A else part
         images = sampler(films[-1], start, noise=noise)
         if not images.isfinite().all():
             raise ValueError(f"--method {METHOD} diverged on '{jobs[0].picture.name}': take a smaller step size, or more steps")
         return images
 
-    like, pixels = (y.new_empty(*y.shape[:2], *size), math.inf) if A else (y, math.inf if filmed else BATCH_PIXELS)
+    like, pixels = (y.new_zeros(*y.shape[:2], *size), math.inf) if A else (y, math.inf if filmed else BATCH_PIXELS)
     return utils.over_tiles(on_tile, like, pixels).cpu(), films[-1]
 
 
@@ -450,15 +459,15 @@ def write_frames(job):
         rows.append({"call": call, "sigma": f"{sigma:.6g}"})
         for kind, image in (("state", state), ("estimate", estimate)):
             if SAVE_FRAMES:
-                path = Path(OUTPUT, "frames", f"{job.name}_{METHOD}", f"{call:03}_{kind}_{sigma:.4f}.png")
+                path = job.path(f"_{METHOD}_frames") / f"{call:03}_{kind}_{sigma:.4f}.png"
                 utils.save_image(path, image)
                 utils.remember(path, job.owner)
             if job.x0 is not None:
                 x0 = utils.crop(job.x0, 256)
                 rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
-    path = job.path(f"_{METHOD}.csv")
-    utils.save_csv(path, rows)
-    utils.remember(path, job.owner)
+    utils.save_csv(job.path(f"_{METHOD}.csv"), rows)
+    for ending in [".csv"] + ["_frames"] * SAVE_FRAMES:
+        utils.remember(job.path(f"_{METHOD}{ending}"), job.owner)
 
 
 def caption(image, x0):
@@ -555,10 +564,10 @@ def main():
         for batch in batches(jobs):
             asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
             filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
-            bar.total = (bar.total or 0) + len(batch) * work(batch[0])
-            for k, job in enumerate(batch):
-                if not job.A and (count + k < 16 or job.x0 is None):
-                    doubt(model, job, device, bar)
+            unsure = [job for k, job in enumerate(batch) if not job.A and (count + k < LISTED or job.x0 is None)]
+            bar.total = (bar.total or 0) + sum(np.multiply(work(batch[0]), (len(batch), len(unsure))))
+            for job in unsure:
+                doubt(model, job, device, bar)
             denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
                 paths = write(job)
@@ -569,7 +578,7 @@ def main():
                     shown.append(job)
                 else:
                     job.results.clear()  # before the next picture is read
-    print(utils.table((rows if count <= 16 else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
+    print(utils.table((rows if count <= LISTED else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
     if shown:
         owner = owner_of(INPUT)
         path = Path(OUTPUT, utils.free_name(OUTPUT, f"{Path(INPUT[0]).stem}_{METHOD}", [".jpg", ".gif"], owner) + ".jpg")

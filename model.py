@@ -11,6 +11,7 @@ import math
 import os
 import zipfile
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -180,7 +181,7 @@ class ScoreModel(nn.Module):
         D(x, sigma) = x + sigma^2 F(x).
 
     sigma_min, sigma_max: the trained range of noise levels. Outside it the network is asked as at the nearest end, while the
-    arithmetic around it keeps to the level asked for: an extrapolation, but one that stays an image.
+    arithmetic around it keeps to the level asked for: an extrapolation, and with "unet" one that stays an image.
     bfloat16: run the convolutions in bfloat16 (about 5 times faster where the hardware has it); everything
     around the network, and so the state of a sampler, stays in the precision of x.
     Raises ValueError, before anything is built, for an unknown network or numbers that no network can have.
@@ -210,7 +211,8 @@ class ScoreModel(nn.Module):
 
         x: (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma, in units of [0, 1]: a number, or one for each image
         as a tensor, array or list of B values in any shape.
-        Raises ValueError if x is not such a tensor of float32 or float64, or sigma has another number of values or is negative.
+        Raises ValueError if x is not such a tensor of float32 or float64, or sigma has another number of values, or is a
+        negative number.
         """
         if x.dtype not in (torch.float32, torch.float64) or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
             raise ValueError(f"expected (B, 3, H, W) of float32 or float64, not {tuple(x.shape)} of {x.dtype}")
@@ -246,10 +248,10 @@ def _check_shape(widths, blocks, attention):
 
 
 def _per_image(sigma, x):  # -> (B, 1, 1, 1) like x
-    if isinstance(sigma, (int, float)):  # filled in on the device: to copy a number there would make a GPU wait
+    if isinstance(sigma, Real):  # filled in on the device: to copy a number there would make a GPU wait
         if not 0 <= sigma <= 1e18:  # beyond, its square is not a float32
             raise ValueError(f"a noise level must not be negative, or above 1e18: {sigma}")
-        sigma = torch.full((), sigma, dtype=x.dtype, device=x.device)
+        sigma = torch.full((), float(sigma), dtype=x.dtype, device=x.device)
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     if sigma.numel() not in (1, len(x)):
         raise ValueError(f"{sigma.numel()} noise levels for {len(x)} images: give one, or one for each image")

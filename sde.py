@@ -11,7 +11,7 @@ A sampler is a function (denoiser, y, levels, ..., noise) -> images, with
     noise      a callable that returns unit Gaussian noise like its argument; torch.randn_like unless given
 and it returns (B, C, H, W), not clipped, in the precision of y, which is also the precision of the state. In every loop
 t is the level (or time) now and s < t the next one. A sampler raises ValueError if the levels do not fall. `langevin`, which
-has one level, takes sigma in their place.
+has one level, takes sigma in their place, and returns its state.
 """
 
 import functools
@@ -335,8 +335,9 @@ def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, 
         s^2 <- s^2 + (|y - D|^2 - s^2 tr(I - J)) / tr((I - J)^2),
 
     which needs one step where the prior is white; a step out of the bracket of known levels goes to its geometric middle.
-    Traces are means over `probes` fixed vectors of signs, the same for every image: an estimate depends on its image alone.
-    One network call and `probes` products an iteration, 4 to 13 of them. The standard error is s / sqrt(2 tr((I - J)^2)).
+    Traces are means over `probes` fixed vectors of signs, the same for every image, so an estimate depends on its image alone,
+    up to the tolerance. One network call and `probes` products an iteration, 4 to 13 of them. The standard error is
+    s / sqrt(2 tr((I - J)^2)).
 
     part(v, D, s) -> like v: an orthogonal projection P; the level is judged by |P (y - D)|^2 = s^2 tr(P (I - J)), true on
     average for every P that does not look at the noise. A mask made from y does; one from D hardly does.
@@ -529,7 +530,7 @@ def _cosines(v, inverse=False):
     return torch.einsum("ij,bjhw->bihw", colours, rows @ v @ columns.T)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # that of a large picture is large
 def _cosine_matrix(n, dtype, device):  # one frequency a row
     k = torch.arange(n, dtype=torch.float64)
     matrix = (pi / n * k[:, None] * (k + 0.5)).cos() * (torch.where(k > 0, 2.0, 1.0)[:, None] / n).sqrt()

@@ -204,9 +204,12 @@ class Training:
         self.losses, self.psnrs = [], []  # [step, mean loss since the one before], [step, {level: PSNR}]
         self.began = self.saved = time.perf_counter()
 
+    def images_at(self, step):
+        return step // self.epoch_steps * self.images + step % self.epoch_steps * self.batch_size
+
     @property
     def images_seen(self):
-        return self.step // self.epoch_steps * self.images + self.step % self.epoch_steps * self.batch_size
+        return self.images_at(self.step)
 
     def learn(self, batch, weight, lr, clip, ema):
         """Make a step: loss, gradient, weights, and their average, which is short at first to forget the start.
@@ -240,8 +243,8 @@ class Training:
         self.loss_sum.zero_()
         return self.losses[-1][1]
 
-    def draw(self):
-        utils.plot_training(self.figure, self.losses, self.psnrs, self.images / self.epoch_steps)
+    def plot(self):
+        utils.plot_training(self.figure, self.losses, self.psnrs, self.images_at)
 
     def save(self, info):
         """Write what the training goes on from, then the network and its curves, which the next start can make again."""
@@ -253,7 +256,7 @@ class Training:
         info |= {"images_seen": self.images_seen, "epochs": self.step / self.epoch_steps, "hours": self.seconds / 3600}
         info |= {"val_psnr": self.psnrs[-1][1] if self.psnrs else {}}
         utils.save_checkpoint(self.network, {"config": self.model.config, "weights": self.averaged.state_dict(), "info": info})
-        utils.save_curves(self.table, self.losses, self.psnrs, self.images / self.epoch_steps)
+        utils.save_curves(self.table, self.losses, self.psnrs, self.images_at)
         self.saved = time.perf_counter()
 
     def load(self):
@@ -372,7 +375,7 @@ def main():
                 if training.step % epoch_steps == 0 and rank == 0:
                     training.psnrs.append([training.step, psnr := validate(training.averaged, val, known_sigmas())])
                     say(f"epoch {training.step // epoch_steps}: validation {in_words(psnr)}")
-                    training.draw()
+                    training.plot()
                 if time.perf_counter() - training.saved > 60 * SAVE_MINUTES and rank == 0:
                     training.save(info)
             if training.step >= steps and test is not None and rank == 0:
@@ -380,7 +383,7 @@ def main():
                 say(f"test {in_words(info['test_psnr'])}")
             if rank == 0:
                 training.save(info)
-                training.draw()
+                training.plot()
     if training.step < steps:
         say(f"stopped after step {training.step} of {steps}, saved in '{training.resume}': run the same command to go on")
         sys.exit(130)

@@ -745,11 +745,11 @@ def seeded_noise(seeds, device="cpu", size=None, place=(0, 0), block=512):
         (channels, *part), whole = x.shape[1:], size or x.shape[2:]
         tops, lefts = (range(start // block * block, start + n, block) for start, n in zip(place, part))
 
-        def drawn(k, top, left):
+        def of_block(k, top, left):
             shape = (channels, *(min(block, n - start) for n, start in zip(whole, (top, left))))
             return torch.randn(shape, generator=generator(k, top, left), dtype=x.dtype, device=x.device)
 
-        rows = [[torch.cat([drawn(k, t, left) for left in lefts], 2) for t in tops] for k in range(len(x))]
+        rows = [[torch.cat([of_block(k, t, left) for left in lefts], 2) for t in tops] for k in range(len(x))]
         (top, left), (height, width) = (start % block for start in place), part
         return torch.stack([torch.cat(image, 1)[:, top : top + height, left : left + width] for image in rows])
 
@@ -849,14 +849,14 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
-def save_curves(path, losses, psnrs, images_per_step):
+def save_curves(path, losses, psnrs, images_at):
     """Write the loss and the validation PSNR of a training as comma-separated text, a line for each step that has one.
 
-    losses: [[step, loss], ...]. psnrs: [[step, {noise level: PSNR}], ...].
+    losses: [[step, loss], ...]. psnrs: [[step, {noise level: PSNR}], ...]. images_at: from a step to the images seen until then.
     """
     found = [(step, {"loss": loss}) for step, loss in losses]
     found += [(step, {f"PSNR at {s}": value for s, value in psnr.items()}) for step, psnr in psnrs]
-    lines = {step: {"step": step, "images": round(step * images_per_step)} for step, _ in sorted(found, key=lambda row: row[0])}
+    lines = {step: {"step": step, "images": images_at(step)} for step, _ in sorted(found, key=lambda row: row[0])}
     for step, values in found:
         lines[step] |= values
     save_csv(path, lines.values())
@@ -911,8 +911,8 @@ def means(rows, key, name):
 # -----------------------------------------------------------------------------
 
 
-def plot_training(path, losses, psnrs, images_per_step):
-    """Draw the loss, and the validation PSNR of each noise level, against the images seen. losses, psnrs: as in save_curves."""
+def plot_training(path, losses, psnrs, images_at):
+    """Draw the loss, and the validation PSNR of each noise level, against the images seen, all as in save_curves."""
     levels = list(psnrs[-1][1]) if psnrs else []
     rows = math.ceil((1 + len(levels)) / 3)
     figure = Figure(figsize=(10, 2.4 * rows), layout="constrained")
@@ -921,9 +921,8 @@ def plot_training(path, losses, psnrs, images_per_step):
     curves = [(steps, values, "training loss over the typical error")]
     curves += [(*np.array([[n, psnr[s]] for n, psnr in psnrs]).T, f"validation at $\\sigma$ = {s:g}, dB") for s in levels]
     for panel, (steps, values, title) in zip(panels, curves):
-        panel.plot(
-            np.array(steps) * images_per_step / 1e6, values, "-" if len(values) > 50 else ".-", color="#0072B2", linewidth=1
-        )
+        millions = [images_at(int(step)) / 1e6 for step in steps]
+        panel.plot(millions, values, "-" if len(values) > 50 else ".-", color="#0072B2", linewidth=1)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("images seen, millions", fontsize=8)
         panel.grid(alpha=0.3)
@@ -1006,8 +1005,8 @@ def save_map(path, variance, title):
         np.save(temporary, np.sqrt(smooth, out=smooth).transpose(1, 2, 0))
     figure = Figure(figsize=(6.5, min(12, 0.6 + 5.5 * height / width)), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(image, cmap="magma", vmin=0, vmax=np.quantile(image, 0.99), interpolation="nearest")
-    figure.colorbar(drawn, shrink=0.8)
+    heatmap = axes.imshow(image, cmap="magma", vmin=0, vmax=np.quantile(image, 0.99), interpolation="nearest")
+    figure.colorbar(heatmap, shrink=0.8)
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
     save_figure(f"{path}.png", figure)

@@ -245,15 +245,15 @@ def noise_table(device):
     """Return rows of estimates over true levels: of single CIFAR-10 images, and of photographs."""
     model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)[:200]
     single = pictures.level_rows(model, x0, NOISE_LEVELS, SEED, model.sigma_min, 2 * max(NOISE_LEVELS))
-    return single + pictures.photograph_rows(model, NOISE_LEVELS, SEED)
+    return single + pictures.photograph_rows(model, NOISE_LEVELS, SEED, device)
 
 
 def files_table(device):
-    return pictures.codec_rows(read_model(CHECKPOINT, device, PRECISION), (0.05, 0.1, 0.2), SEED)
+    return pictures.codec_rows(read_model(CHECKPOINT, device, PRECISION), (0.05, 0.1, 0.2), SEED, device=device)
 
 
 def grey_table(device):
-    return pictures.grey_rows(read_model(CHECKPOINT, device, PRECISION), (0.02, 0.05, 0.1, 0.2), SEED)
+    return pictures.grey_rows(read_model(CHECKPOINT, device, PRECISION), (0.02, 0.05, 0.1, 0.2), SEED, device=device)
 
 
 def expected_table(device):
@@ -276,7 +276,7 @@ def expected_table(device):
 def observations_table(device):
     model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)
     rows, panels = observations.compare(model, x0, SIGMA_Y, SEED, BATCH, OBSERVED_STEPS)
-    utils.plot_pictures(Path("figures", "observations.jpg"), panels, detail=0)
+    utils.plot_pictures(Path("figures" if INPUT == "cifar10" else "output", "observations.jpg"), panels, detail=0)
     return rows
 
 

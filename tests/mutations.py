@@ -65,7 +65,7 @@ train_score.py
     ema may change on the way ¦ free = ("epochs",  ¦ free = ("ema", "epochs",  ¦ scripts: beyond_its_end
     optimiser's memory not restored ¦                 restore_optimizer(optimizer, saved["state"], memory if self.step else set())⏎ ¦                 memory⏎ ¦ training
     average not restored ¦             restore(self.averaged, kept["averaged"])⏎ ¦  ¦ training
-    table before it is whole ¦                     training.draw()⏎ ¦  ¦ training
+    table before it is whole ¦                     training.plot()⏎ ¦  ¦ training
 model.py
     weights_only False ¦ weights_only=True ¦ weights_only=False ¦ model: runs_no_code
     sigma_data 0.3 ¦ sigma_data = 0.25 ¦ sigma_data = 0.3 ¦ model: untrained or precond or spread or shipped or outside
@@ -88,12 +88,13 @@ denoise.py
     rho ignored ¦ steps, RHO or rho) ¦ steps, rho) ¦ denoising
     count ignored ¦ , notify, failed), COUNT) ¦ , notify, failed), None) ¦ denoising
     one step holds the method's result ¦ ("mmse", sde.adams, levels[:1], 0) ¦ ("mmse", sampler, levels, 0) ¦ denoising
-    batches of several levels ¦ (batch[0].y.shape, batch[0].sigma) != (job.y.shape, job.sigma) ¦ batch[0].y.shape != job.y.shape ¦ denoising
+    batches of several levels ¦ (job.y.shape, job.sigma, job.picture.builtin) ¦ (job.y.shape, job.picture.builtin) ¦ denoising
+    batches of several kinds ¦ (job.y.shape, job.sigma, job.picture.builtin) ¦ (job.y.shape, job.sigma) ¦ denoising
     all draws alike ¦ [job.seed(draw) for job in jobs] ¦ [job.seed(0) for job in jobs] ¦ denoising
     mean of draws is the first ¦ [images.mean(0, keepdim=True), len ¦ [images[:1], len ¦ denoising
     texture taken for noise ¦ coarse if coarse > 2 * fine else fine ¦ max(fine, coarse) ¦ uncertainty
     mask inverted ¦ from_numpy(~missing) ¦ from_numpy(missing) ¦ denoising
-    observation from the noisy start ¦ 0.5 + jobs[0].levels[0] * noise(part) if A else part ¦ 0.5 * noise(part) if A else part ¦ denoising
+    observation from the noisy start ¦ + jobs[0].levels[0] * noise(part) if A else part ¦ + 0.5 * noise(part) if A else part ¦ denoising
     levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ denoising
     own picture cut, not enlarged ¦ n // ENLARGE * ENLARGE if made else n * ENLARGE ¦ n // ENLARGE * ENLARGE ¦ denoising
 utils.py

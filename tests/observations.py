@@ -42,7 +42,7 @@ def draws(model, x0, A, y, sigma_y, steps, count, batch, seed):
 def classical(name, y):
     """Return {label: images} by established means; a strength is to be chosen from each list by what fits the truth best."""
     if name == "half of the pixels":
-        hidden = (y == 0).all(0).all(0).numpy()
+        hidden = (y == 0).all(0).all(0).cpu().numpy()
         return {"biharmonic inpainting": [each(partial(inpaint_biharmonic, mask=hidden), y)]}
     if name == "half size":
         kernels = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
@@ -64,8 +64,8 @@ def deconvolve(channel, balance, reach=8):
 
 def each(function, y):
     """Apply a function of one float64 array (H, W) to every channel of every image."""
-    results = [function(channel) for channel in y.flatten(0, 1).double().numpy()]
-    return torch.from_numpy(np.stack(results)).unflatten(0, y.shape[:2]).float()
+    results = [function(channel) for channel in y.flatten(0, 1).double().cpu().numpy()]
+    return torch.from_numpy(np.stack(results)).unflatten(0, y.shape[:2]).to(y)
 
 
 def splitting(model, start, A, y, sigma_y, strength, steps=24):
@@ -87,7 +87,9 @@ def compare(model, x0, sigma_y, seed, batch, calls, count=8):
     for name in OBSERVATIONS:
         A, y = observe(name, x0, sigma_y, seed)
         found = draws(model, x0, A, y, sigma_y, calls, count, batch, seed)
-        panels.append(denoise.panels_of_draws(interpolate(y, x0.shape[2:], mode="nearest")[0], sigma_y, found[:, 0], x0[0]))
+        seen = interpolate(y[:1].cpu(), x0.shape[2:], mode="nearest")[0]
+        panels.append(denoise.panels_of_draws(seen, sigma_y, found[:, 0], x0[0].cpu()))
+        found = found.to(x0)
         others = {label: best(tried) for label, tried in classical(name, y).items()}
         ours = {"one draw": (found[0], calls), f"mean of {count}": (found.mean(0), calls * count)}
         tried = [splitting(model, best(others.values()), A, y, sigma_y, strength) for strength in (0.1, 0.23, 0.5, 1.0)]

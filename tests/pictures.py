@@ -30,10 +30,10 @@ if importlib.util.find_spec("pywt"):  # pip install PyWavelets adds a column
     CLASSICAL["wavelets"] = (lambda y, s, k: denoise_wavelet(y, sigma=k * s, rescale_sigma=False), (0.7, 0.85, 1.0, 1.2))
 
 
-def photographs(size):
+def photographs(size, device="cpu"):
     """Return the middle size x size pixels of the photographs that scikit-image installs: {name: (1, 3, H, W)}."""
     return {
-        name: utils.crop(torch.from_numpy(array.astype(np.float32) / 255).permute(2, 0, 1)[None], size)
+        name: utils.crop(torch.from_numpy(array.astype(np.float32) / 255).permute(2, 0, 1)[None], size).to(device)
         for name, array in utils.sample_photographs()
     }
 
@@ -60,7 +60,7 @@ def through(x, form, options):
     """Write an image (1, 3, H, W) to a file in memory, and read it again."""
     file = io.BytesIO()
     Image.fromarray(utils.to_array(x[0])).save(file, form, **options)
-    return torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).astype(np.float32) / 255).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).astype(np.float32) / 255).permute(2, 0, 1)[None].to(x)
 
 
 def level_rows(model, x0, sigmas, seed, low, high, batch=50):
@@ -77,7 +77,7 @@ def level_rows(model, x0, sigmas, seed, low, high, batch=50):
     return rows
 
 
-def photograph_rows(model, sigmas, seed):
+def photograph_rows(model, sigmas, seed, device="cpu"):
     """Return a row for each level and kind of input: how near the estimates of whole photographs come, from a few tiles.
 
     Photographs have grain of their own, which adds to the noise; where 4 x 4 pixels are averaged, a quarter of it is left.
@@ -85,7 +85,7 @@ def photograph_rows(model, sigmas, seed):
     rows = []
     for sigma, size, kind in itertools.product(sigmas, ("whole", "quarter size"), ("float", "8 bit")):
         ratios = []
-        for x0 in photographs(10_000).values():
+        for x0 in photographs(10_000, device).values():
             y = noisy(x0 if size == "whole" else avg_pool2d(x0, 4), sigma, seed)
             y = y if kind == "float" else eight_bits(y)
             ratios.append(denoise.picture_level(model, y, model.sigma_min, 1.0, kind == "8 bit")[0] / sigma)
@@ -94,13 +94,13 @@ def photograph_rows(model, sigmas, seed):
     return rows
 
 
-def codec_rows(model, sigmas, seed, size=128):
+def codec_rows(model, sigmas, seed, size=128, device="cpu"):
     """Return a row for each level and file format: PSNR with the level found, beside the best that any level gives."""
     rows = []
     for sigma in sigmas:
         for codec, (form, options) in CODECS.items():
             ratios, best, losses = [], [], []
-            for x0 in photographs(size).values():
+            for x0 in photographs(size, device).values():
                 y = through(noisy(x0, sigma, seed), form, options)
                 found, _ = denoise.picture_level(model, y, model.sigma_min, 1.0, eight_bit=True)
                 quality = {s: utils.psnr(model(y, s), x0).item() for s in (found, *(sigma * np.geomspace(0.3, 1.7, 14)))}
@@ -113,9 +113,9 @@ def codec_rows(model, sigmas, seed, size=128):
     return rows
 
 
-def grey_rows(model, sigmas, seed, size=256):
+def grey_rows(model, sigmas, seed, size=256, device="cpu"):
     """Return a row for each level: mean PSNR on grey photographs, of the network and of classical denoisers at their best."""
-    clean = [x0.mean(1, keepdim=True) for x0 in photographs(size).values()]
+    clean = [x0.mean(1, keepdim=True) for x0 in photographs(size, device).values()]
     rows = []
     for sigma in sigmas:
         pairs = [(noisy(x0, sigma, seed + i), x0) for i, x0 in enumerate(clean)]
@@ -139,7 +139,7 @@ def in_three_channels(y, model, sigma):
 
 
 def in_one_channel(y, method, sigma, strength):
-    return torch.from_numpy(method(y[0, 0].double().numpy(), sigma, strength))[None, None]
+    return torch.from_numpy(method(y[0, 0].double().cpu().numpy(), sigma, strength))[None, None].to(y.device)
 
 
 def expected_errors(model, x0, sigma, seed, probes=8, batch=50):

@@ -367,7 +367,8 @@ def test_the_shipped_network_is_small_trained_and_says_how_well():
 def test_the_shipped_recipe_denoises_at_its_level():
     model = load_model("checkpoints/cnn3_cifar10.pt")
     assert model.sigma_min == model.sigma_max == 0.1 and model.config["network"] == "cnn3"
-    assert one_step_psnr(model, 0.1) > 26.0
+    assert model.info["images_seen"] == 9_740_400 and model.info["epochs"] == 200 and not model.info["earlier"]
+    assert model.info["test_psnr"][0.1] > 28.27 and one_step_psnr(model, 0.1) > 26.0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

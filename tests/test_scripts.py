@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage
+from scipy import fft, ndimage
 from torchvision.datasets import CIFAR10
 
 import denoise
@@ -591,13 +591,13 @@ def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
     torch.testing.assert_close(estimate, model(y, 0.1)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_batch_has_one_size_and_one_level(monkeypatch):
+def test_a_batch_has_one_size_one_level_and_one_kind(monkeypatch):
     monkeypatch.setattr(denoise, "BATCH_PIXELS", 3 * 64)
-    kinds = [(8, 0.1)] * 4 + [(8, 0.2), (4, 0.2), (4, 0.2), (8, 0.1)]
-    pictures = [utils.Picture(None, (size, 8), None) for size, _ in kinds]
-    jobs = [denoise.Job(p, torch.zeros(3, size, 8), None, level, LEVELS) for p, (size, level) in zip(pictures, kinds)]
+    kinds = [(8, 0.1, False)] * 4 + [(8, 0.2, False), (4, 0.2, False), (4, 0.2, False), (4, 0.2, True), (8, 0.1, True)]
+    pictures = [utils.Picture(None, (size, 8), None, source="samples#1" * builtin) for size, _, builtin in kinds]
+    jobs = [denoise.Job(p, torch.zeros(3, size, 8), None, level, LEVELS) for p, (size, level, _) in zip(pictures, kinds)]
     found = [[next(k for k, other in enumerate(jobs) if other is job) for job in batch] for batch in denoise.batches(jobs)]
-    assert found == [[0, 1, 2], [3], [4], [5, 6], [7]]
+    assert found == [[0, 1, 2], [3], [4], [5, 6], [7], [8]]
 
 
 def test_a_run_writes_what_it_did(trained, tmp_path):
@@ -614,15 +614,15 @@ def test_a_run_writes_what_it_did(trained, tmp_path):
             assert Image.open(tmp_path / "output" / f"{name}_{ending}.png").size == (128, 128)
     assert Image.open(tmp_path / "output" / "samples_sde.jpg").width > 500
     assert Image.open(tmp_path / "output" / "samples_sde.gif").n_frames > 3
-    frames = sorted(p.name for p in (tmp_path / "output" / "frames" / "astronaut_sde").glob("*.png"))
+    frames = sorted(p.name for p in (tmp_path / "output" / "astronaut_sde_frames").glob("*.png"))
     assert frames[0] == "000_estimate_0.1000.png" and frames[-1] == "003_state_0.0100.png" and len(frames) == 8
     with open(tmp_path / "output" / "astronaut_sde.csv", encoding="utf-8") as file:
         curve = list(csv.DictReader(file))
-    saved = np.asarray(Image.open(tmp_path / "output" / "frames" / "astronaut_sde" / "003_estimate_0.0100.png")) / 255
+    saved = np.asarray(Image.open(tmp_path / "output" / "astronaut_sde_frames" / "003_estimate_0.0100.png")) / 255
     x0 = dict(utils.read_images("samples"))["astronaut"]
     assert abs(-10 * np.log10(((saved - x0) ** 2).mean()) - float(curve[3]["psnr_estimate"])) < 0.05
     run(tmp_path, "denoise.py", f"--checkpoint {checkpoint} --method mmse --device cpu --no-save-frames --output bare")
-    assert not (tmp_path / "bare" / "frames").exists()
+    assert not list((tmp_path / "bare").glob("*_frames"))
 
 
 def test_a_draw_has_a_seed_of_its_pixels_and_its_number():
@@ -690,8 +690,12 @@ def test_a_draw_in_tiles_is_the_draw_in_one_piece(monkeypatch, channels):
         monkeypatch.setattr(denoise, "BATCH_PIXELS", pixels)
         job, moves = denoise.Job(picture, y, None, 0.1, LEVELS), []
         denoise.denoise(model, [job], "cpu", 0, mock.Mock(update=moves.append))
-        work = denoise.work(job) - (1 + 2 * denoise.PROBES) * utils.pixels_seen(300, 64, pixels // 7, halo=32)
-        assert sum(moves) == work  # the bar ends where it should
+        in_all, of_doubt = denoise.work(job)
+        assert sum(moves) == in_all  # the bar ends where it should
+        bar = mock.Mock()
+        with mock.patch.object(denoise, "write_map"):
+            denoise.doubt(model, job, "cpu", bar)
+        assert sum(call.args[0] for call in bar.update.call_args_list) == of_doubt
         return job.results, moves
 
     (whole, calls), (tiled, steps) = run(300 * 64), run(130**2)
@@ -816,6 +820,14 @@ def test_a_clean_picture_is_observed_with_noise_and_measured(trained, tmp_path):
 def test_a_share_is_missing_of_every_picture():
     seen = denoise.observation((200, 300), mask="0.3")(torch.ones(1, 3, 200, 300))
     assert abs(seen.mean().item() - 0.7) < 0.006 and torch.equal(seen[0, 0], seen[0, 1])  # 3 standard deviations
+
+
+def test_the_fill_is_the_posterior_mean_of_a_gaussian_prior():
+    y = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    power = sde.natural_power(y).numpy()
+    transform = {"axes": (1, 2, 3), "norm": "ortho"}
+    expected = 0.5 + fft.idctn(power / (power + 0.1**2) * fft.dctn(y.numpy() - 0.5, **transform), **transform)
+    np.testing.assert_allclose(denoise.fill(y, lambda x: x, 0.1, torch.zeros_like(y)), expected, atol=1e-4)
 
 
 def test_what_is_not_wholly_seen_starts_from_pure_noise_and_a_noisy_picture_from_itself():
