@@ -189,13 +189,13 @@ def spread_tiles(y, size=64, rows=3):
     return torch.cat([y[:, :, t : t + height, k : k + width] for t in tops for k in lefts])
 
 
-def picture_level(denoiser, y, low, high, eight_bit):
+def picture_level(denoiser, y, low, high, whole_numbers):
     """Return the noise level of one picture (1, C, H, W), on a few tiles, and what there is to say of its noise.
 
     Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and luma
     says what is there, or, where that is smoothed as well, luma over pairs of pixels. Texture reads as up to 0.02 of luma.
     """
-    tiles, part = spread_tiles(y), unclipped if eight_bit else None
+    tiles, part = spread_tiles(y), unclipped if whole_numbers else None
     probes = 4 if len(tiles) == 1 else 1
     level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True, start)[0].item()  # noqa: E731
     sigma = level(part)
@@ -210,18 +210,19 @@ def picture_level(denoiser, y, low, high, eight_bit):
 def remarks(denoiser, tiles, sigma, low, part):
     """Return in words where the noise of a picture's tiles is not what the network was trained on."""
     inside, found = (tiles > 0.004) & (tiles < 0.996), []
-    if part and (clipped := 1 - inside.double().mean().item()) > 0.3:
-        return f"clipped in {clipped:.0%} of the values: the level is a guess, give --sigma"
+    clipped = 1 - inside.double().mean().item() if part else 0.0
     if sigma < 1.1 * low:
         return "as low as the network knows: nothing to remove"
+    if clipped > 0.3:
+        return f"clipped in {clipped:.0%} of the values: the level is a guess, give --sigma"
     rest = (tiles - denoiser(tiles, sigma))[inside]
     kurtosis = ((rest**4).mean() / (rest**2).mean() ** 2).item()
     if len(rest) > 1000 and not 2.5 < kurtosis < 4.6:
         found.append(f"not Gaussian (kurtosis {kurtosis:.1f} instead of 3)")
-    if part and clipped > 0.05:
+    if clipped > 0.05:
         found.append(f"clipped in {clipped:.0%} of the values")
     if len(tiles) == 9:  # as spread_tiles cuts them
-        local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values
+        local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values.nan_to_num(nan=sigma)
         if local.max() > 1.3 * local.min():
             place = [f"{row} {column}" for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")]
             least, most = (f"{local[k]:.3f} in the {place[k]}" for k in (local.argmin(), local.argmax()))
@@ -273,34 +274,50 @@ def read_mask(path):
 
 
 def read_jobs(model, device, notify, failed):
-    """Yield a job for each picture, with its noise level: the one added, the one given, or an estimate. Raises ValueError."""
-    rng = np.random.default_rng(SEED)
+    """Yield a job for each picture; those that cannot be denoised are told at the end. Raises ValueError if none can."""
+    rng, made, refused = np.random.default_rng(SEED), 0, []
     for picture in itertools.islice(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed), COUNT):
-        made, y, x0 = ADD_NOISE or picture.builtin, torch.from_numpy(picture.pixels).permute(2, 0, 1), None
-        height, width = (n // ENLARGE * ENLARGE if made else n * ENLARGE for n in y.shape[1:])
-        A = observation((height, width), MASK, BLUR, ENLARGE, SEED)
-        sigma = SIGMA or (0.02 if A else 0.1 if made else None)
-        if made:
-            x0 = y[:, :height, :width]
-            (y,) = utils.add_noise([as_array(A(x0[None])[0] if A else x0)], sigma, rng)
-            y = torch.from_numpy(y).permute(2, 0, 1)
-        y = A(y) if MASK != "none" else y  # nothing where nothing is seen, in place of noise
-        low, high = (level / math.sqrt(3 if len(y) == 1 else 1) for level in (model.sigma_min, model.sigma_max))  # see sde.grey
-        if A:
-            picture.resize(height, width)
-        elif sigma is None:
-            eight_bit = picture.dtype == np.uint8
-            sigma, note = picture_level(of_any_kind(model), y[None].to(device), low, min(high, 1.0), eight_bit)
-            sigma = max(sigma, low)  # not below it by rounding
-            notify(f"{picture.name}: noise level estimated at {sigma:.4f}" + f", {note}" * bool(note))
-        if not (A or low <= sigma <= high):
-            trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
-            raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
-        least = methods()[METHOD].steps
-        steps = 1 if least == 1 else STEPS or (max(30, least) if A else least)
-        start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
-        levels = sde.noise_levels(start, start * (low / start) ** TEXTURE, steps, RHO or rho)
-        yield Job(picture, y, x0, sigma, levels, A)
+        try:
+            job = make_job(picture, model, device, rng, notify)
+        except ValueError as error:
+            refused.append((picture, error))
+        else:
+            made += 1
+            yield job
+    if refused and not made:
+        raise refused[0][1]
+    for picture, error in refused:
+        failed.append(picture.source)
+        notify(f"'{picture.name}' is left out: {error}")
+
+
+def make_job(picture, model, device, rng, notify):
+    """Return the job of a picture, with its noise level: the one added, the one given, or an estimate. Raises ValueError."""
+    made, y, x0 = ADD_NOISE or picture.builtin, torch.from_numpy(picture.pixels).permute(2, 0, 1), None
+    height, width = (n // ENLARGE * ENLARGE if made else n * ENLARGE for n in y.shape[1:])
+    A = observation((height, width), MASK, BLUR, ENLARGE, SEED)
+    sigma = SIGMA or (0.02 if A else 0.1 if made else None)
+    if made:
+        x0 = y[:, :height, :width]
+        (y,) = utils.add_noise([as_array(A(x0[None])[0] if A else x0)], sigma, rng)
+        y = torch.from_numpy(y).permute(2, 0, 1)
+    y = A(y) if MASK != "none" else y  # nothing where nothing is seen, in place of noise
+    low, high = (level / math.sqrt(3 if len(y) == 1 else 1) for level in (model.sigma_min, model.sigma_max))  # see sde.grey
+    if A:
+        picture.resize(height, width)
+    elif sigma is None:
+        visible, whole_numbers = utils.visible_part(y, picture.alpha), picture.dtype.kind in "iub"
+        sigma, note = picture_level(of_any_kind(model), visible[None].to(device), low, min(high, 1.0), whole_numbers)
+        sigma = max(sigma, low)  # not below it by rounding
+        notify(f"{picture.name}: noise level estimated at {sigma:.4f}" + f", {note}" * bool(note))
+    if not (A or low <= sigma <= high):
+        trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
+        raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
+    least = methods()[METHOD].steps
+    steps = 1 if least == 1 else STEPS or (max(30, least) if A else least)
+    start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
+    levels = sde.noise_levels(start, start * (low / start) ** TEXTURE, steps, RHO or rho)
+    return Job(picture, y, x0, sigma, levels, A)
 
 
 # -----------------------------------------------------------------------------
@@ -527,8 +544,6 @@ def check_constants(model):
     if is_file(OUTPUT):
         many = FIGURES == "yes" or (DRAWS or 1) > 1 or COMPONENTS
         utils.check(not many, "OUTPUT", OUTPUT, "must be a folder for figures, draws and components")
-        mine = not Path(OUTPUT).exists() or utils.is_result(OUTPUT)
-        utils.check(mine, "OUTPUT", OUTPUT, "must be a file that is not there or that this script wrote")
     utils.check(PROBES >= 0 and COMPONENTS >= 0, "PROBES", (PROBES, COMPONENTS), "and --components must not be negative")
     utils.check(SIGMA is None or 0 < SIGMA <= 2, "SIGMA", SIGMA, "is a standard deviation for pixels in [0, 1], as 25/255")
     utils.check(TEXTURE == 0 or 1e-6 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must be 0, or lie between 1e-6 and 1")
@@ -555,12 +570,15 @@ def main():
     device = utils.pick_device(DEVICE)
     model = load_model(utils.find(CHECKPOINT), device, utils.pick_bfloat16(PRECISION, device))
     check_constants(model)
-    rows, shown, failed, count = [], [], [], 0
+    rows, shown, failed, count, own = [], [], [], 0, False
     with tqdm(desc=METHOD, unit="px", unit_scale=True, leave=False, delay=2) as bar:
         jobs = read_jobs(model, device, bar.write, failed)
         if is_file(OUTPUT):
             jobs = list(itertools.islice(jobs, 2))
             utils.check(len(jobs) == 1, "OUTPUT", OUTPUT, "must be a folder for more than one picture")
+            mine = not Path(OUTPUT).exists() or utils.is_result(OUTPUT, jobs[0].owner)
+            utils.check(mine, "OUTPUT", OUTPUT, "must be a file that is not there or that the same command wrote")
+            utils.check_suffix(OUTPUT, jobs[0].picture)
         for batch in batches(jobs):
             asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
             filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
@@ -571,6 +589,7 @@ def main():
             denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
                 paths = write(job)
+                own |= not job.picture.builtin
                 if not job.picture.builtin:
                     bar.write(f"wrote {' '.join(map(str, paths))}")
                 rows, count = rows + job.rows(), count + 1
@@ -586,7 +605,7 @@ def main():
         for suffix in (".jpg", ".gif"):
             utils.remember(path.with_suffix(suffix), owner)
         print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
-    elif methods()[METHOD].draws:
+    if own and methods()[METHOD].draws and not is_file(OUTPUT):
         least = "the mean of the draws" if observed_by() else "mmse"
         print(f"{least} has the least error, for measurements; a draw ({METHOD}) looks natural, its finest texture is invented")
     if failed:

@@ -353,8 +353,8 @@ def _frames(path):
     with open(path, "rb") as file:
         head = file.read(2**20)  # a profile may stand before what tells the depth
     if path.suffix.lower() == ".npy":
-        array, channels = np.load(path, mmap_mode="r", allow_pickle=False), (1, 3, 4)
-        stack = array.ndim == 4 or (array.ndim == 3 and array.shape[2] not in channels and array.shape[0] not in channels)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        stack = array.ndim == 4 or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4) and array.shape[0] not in (1, 3, 4))
         yield from (_raw(frame, suffix=".npy") for frame in (array if stack else array[None]))
         return
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -378,7 +378,7 @@ def _frames(path):
                 note = {"1": "1 bit, written as 8-bit grey"}.get(frame.mode, "")
                 if image.format == "MPO":  # the second is a map of brightness or a preview
                     note = f"{image.n_frames} pictures, of which the first is read"
-                info = {key: frame.info[key] for key in ("icc_profile", "exif", "dpi") if key in frame.info}
+                info = {key: frame.info[key] for key in ("icc_profile", "exif", "dpi") if frame.info.get(key)}
                 suffix = ".tif" if image.format == "TIFF" or mode in ("F", "CMYK") else ".png"
                 array = np.asarray(frame.convert(mode)) if deep is None else _upright(deep, orientation)
                 yield _raw(array, mode == "CMYK", suffix=suffix, info=info, note=note)
@@ -402,8 +402,10 @@ def _deep(path, image, head, k):
 
 
 def _deep_tiff(page):
-    if page.photometric not in (0, 1, 2, 5) or 1 in page.extrasamples:
-        raise ValueError(f"{page.photometric.name} {page.dtype}, or premultiplied alpha: save it as plain RGB first")
+    channels = {0: (1, 2), 1: (1, 2, 3), 2: (3, 4), 5: (4,)}.get(int(page.photometric), ())
+    if page.samplesperpixel not in channels or 1 in page.extrasamples:
+        what = f"{page.samplesperpixel} channels of {page.photometric.name} {page.dtype}"
+        raise ValueError(f"{what}, or premultiplied alpha: save it as plain RGB first")
     array = np.moveaxis(page.asarray(), 0, -1) if page.axes == "SYX" else page.asarray()
     array = ~array if page.photometric == 0 else array  # where 0 is white
     info = {"icc_profile": page.tags.valueof(34675)} if page.tags.valueof(34675) else {}
@@ -438,6 +440,14 @@ def _filled(values, visible):
     return values[tuple(np.where(visible[tuple(mirrored)], mirrored, near))]
 
 
+def visible_part(y, alpha):
+    """Return of y (C, H, W) the smallest rectangle that holds all that alpha (H, W) shows; y itself if there is no alpha."""
+    if alpha is None or not alpha.any():
+        return y
+    rows, columns = (np.flatnonzero((alpha > 0).any(axis)) for axis in (1, 0))
+    return y[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
 def _value_range(arrays, white):
     """Return black and white of a file's values, and a line that says so where it is not plain."""
     low, high, dark, bright = np.inf, -np.inf, np.inf, -np.inf
@@ -464,12 +474,22 @@ def _finished(picture, name, source, black, white):
     pixels = np.array(values, np.float32)
     pixels -= np.float32(black)
     pixels /= np.float32(white - black)
+    if not np.isfinite(pixels).all():
+        raise ValueError("values that are not numbers")
     if values.shape[2] == 4:
         picture.inks, pixels = values, (1 - pixels[..., :3]) * (1 - pixels[..., 3:])
-    elif (values[..., 1:] == values[..., :1]).all():
+    if (pixels[..., 1:] == pixels[..., :1]).all():
         pixels = pixels[..., :1].copy()
     picture.pixels, picture.name, picture.source, picture.black, picture.white = pixels, name, source, black, white
     return picture
+
+
+def check_suffix(path, picture):
+    """Raise ValueError if a file of this suffix cannot hold the picture."""
+    inks, alpha = {".tif", ".tiff"}, {".npy", ".tif", ".tiff", ".png", ".webp", ".avif", ".jp2"}
+    for what, held, suffixes in (("four inks", picture.inks, inks), ("alpha", picture.alpha, alpha)):
+        if held is not None and Path(path).suffix.lower() not in suffixes:
+            raise ValueError(f"'{path}' cannot hold the {what} of '{picture.name}': choose {' '.join(sorted(suffixes))}")
 
 
 def write_picture(path, picture, pixels, owner):
@@ -478,22 +498,21 @@ def write_picture(path, picture, pixels, owner):
     .npy: floats in the file's own range, unclipped. .tif: as the file was. Others: clipped and rounded to 8 bits, .png to
     16 where there are more. Size, channels, alpha, profile are the picture's. owner: see free_name. Raises ValueError.
     """
+    check_suffix(path, picture)
     path, suffix = Path(path), Path(path).suffix.lower()
     dtype, black, white, alpha = picture.dtype, picture.black, picture.white, picture.alpha
     most, is_tiff = np.dtype(np.uint16 if suffix == ".png" else np.uint8), suffix in (".tif", ".tiff")
     if suffix == ".npy":
         dtype = np.result_type(dtype, np.float32)
-    elif not is_tiff and dtype not in (np.uint8, most):
+    elif dtype == np.bool_ or (not is_tiff and dtype not in (np.uint8, most)):
         dtype, black, white = most, 0, np.iinfo(most).max
         if alpha is not None:
             alpha = np.rint(alpha / (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1) * white)
     if picture.inks is None:
         channels = 1 if len(picture.shape) == 2 else picture.shape[2]
         values = np.broadcast_to(pixels, (*pixels.shape[:2], channels - (alpha is not None)))
-    elif is_tiff:
-        values = _separated(pixels, (picture.inks - np.float32(black)) / np.float32(white - black))
     else:
-        raise ValueError(f"'{path}': the four inks of '{picture.name}' need the suffix .tif")
+        values = _separated(pixels, (picture.inks - np.float32(black)) / np.float32(white - black))
     scaled = np.empty(values.shape, dtype)
     for rows in (slice(k, k + 256) for k in range(0, len(values), 256)):  # a large picture is large in floats
         part = values[rows] * np.float32(white - black) + np.float32(black)
@@ -504,7 +523,8 @@ def write_picture(path, picture, pixels, owner):
     values = values.reshape(picture.shape) if suffix == ".npy" or values.shape[2] > 1 else values[..., 0]
     with replacing(path) as temporary:
         if suffix == ".npy":
-            np.save(temporary, values)
+            with open(temporary, "wb") as file:  # to a name, it would add a suffix to .NPY
+                np.save(file, values)
         elif is_tiff:
             kind = "minisblack" if values.ndim == 2 or values.shape[2] == 2 else "rgb" if picture.inks is None else "separated"
             extra, profile = None if alpha is None else ["unassalpha"], picture.info.get("icc_profile")
@@ -541,11 +561,12 @@ def _write_png16(path, values, info):
 
 @functools.cache  # read once, then kept up by remember(); what another process adds meanwhile counts as a stranger's
 def _results(folder):
-    try:
-        lines = Path(folder, RESULTS).read_text(encoding="utf-8").splitlines()
-        return {name: rest for name, *rest in map(json.loads, lines)}
-    except (OSError, ValueError):
-        return {}
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path(folder, RESULTS).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # a line that a crash cut off
+                name, *found[name] = json.loads(line)
+    return found
 
 
 def is_result(path, owner=None):

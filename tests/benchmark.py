@@ -276,7 +276,7 @@ def expected_table(device):
 def observations_table(device):
     model, x0 = read_model(CHECKPOINT, device, PRECISION), first_images(device)
     rows, panels = observations.compare(model, x0, SIGMA_Y, SEED, BATCH, OBSERVED_STEPS)
-    utils.plot_pictures(Path("figures" if INPUT == "cifar10" else "output", "observations.jpg"), panels, detail=0)
+    utils.plot_pictures(Path("output" if INPUT == "samples" else "figures", "observations.jpg"), panels, detail=0)
     return rows
 
 

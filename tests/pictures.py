@@ -102,7 +102,7 @@ def codec_rows(model, sigmas, seed, size=128, device="cpu"):
             ratios, best, losses = [], [], []
             for x0 in photographs(size, device).values():
                 y = through(noisy(x0, sigma, seed), form, options)
-                found, _ = denoise.picture_level(model, y, model.sigma_min, 1.0, eight_bit=True)
+                found, _ = denoise.picture_level(model, y, model.sigma_min, 1.0, whole_numbers=True)
                 quality = {s: utils.psnr(model(y, s), x0).item() for s in (found, *(sigma * np.geomspace(0.3, 1.7, 14)))}
                 ratios.append(found / sigma)
                 best.append(max(quality.values()))

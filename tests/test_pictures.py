@@ -2,6 +2,7 @@
 
 import os
 import threading
+from unittest import mock
 
 import imagecodecs
 import numpy as np
@@ -259,6 +260,36 @@ def test_what_is_hidden_reaches_no_visible_pixel(tmp_path):
     np.testing.assert_allclose(first[:, :7], first[:, 14:7:-1])  # mirrored at the border: same noise, no edge
 
 
+def test_only_what_is_visible_tells_the_noise_level(tmp_path):
+    (picture,), _ = read(pillow("a.png", alpha())(tmp_path))
+    y = torch.from_numpy(picture.pixels).permute(2, 0, 1)
+    assert torch.equal(utils.visible_part(y, picture.alpha), y[:, :, 7:]) and utils.visible_part(y, None) is y
+
+
+def test_grey_in_four_inks_is_grey(tmp_path):
+    inks = np.dstack([scene(1), scene(1), scene(1), grey(high=200, seed=1)])
+    (picture,), _ = read(tiff(inks, photometric="separated")(tmp_path))
+    assert picture.pixels.shape == (HEIGHT, WIDTH, 1)
+    assert np.array_equal(stored(utils.write_picture(tmp_path / "b.tif", picture, picture.pixels, "me")), inks)
+
+
+def test_channels_that_may_be_no_colours_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="4 channels of"):
+        read(tiff(alpha(3, np.uint16), planarconfig="contig", photometric="minisblack")(tmp_path))
+
+
+def test_two_channels_are_grey_and_alpha(tmp_path):
+    (picture,), _ = read(npy(alpha(1))(tmp_path))
+    assert picture.pixels.shape == (HEIGHT, WIDTH, 1) and np.array_equal(picture.alpha, alpha(1)[..., 1])
+
+
+def test_a_number_missing_is_an_error_though_white_is_given(tmp_path):
+    array = FLOAT.copy()
+    array[3, 4, 0] = np.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        read(npy(array)(tmp_path), white=1.0)
+
+
 def test_loud_values_under_a_mask_do_not_set_the_range(tmp_path):
     array = alpha(3, np.uint16)
     array[..., :3] //= 16
@@ -488,10 +519,19 @@ def test_a_damaged_list_of_results_loses_nothing(tmp_path):
     assert result(tmp_path / "out", picture, "me") == "a_2"
 
 
+def test_a_line_cut_off_in_the_list_of_results_loses_itself_alone(tmp_path):
+    (picture,), _ = read(pillow("a.png", scene())(tmp_path))
+    result(tmp_path / "out", picture, "me")
+    with open(tmp_path / "out" / utils.RESULTS, "a") as file:
+        file.write('["b.png", "m\n')
+    utils._results.cache_clear()
+    assert result(tmp_path / "out", picture, "me") == "a"
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path):
-    (picture,), _ = read(npy(alpha())(tmp_path))
-    with pytest.raises((ValueError, OSError)):
-        utils.write_picture(tmp_path / "out" / "a.jpg", picture, picture.pixels, "me")  # has no alpha
+    (picture,), _ = read(npy(FLOAT)(tmp_path))
+    with mock.patch.object(np, "save", side_effect=OSError), pytest.raises(OSError):
+        utils.write_picture(tmp_path / "out" / "a.npy", picture, picture.pixels, "me")
     with pytest.raises((ValueError, OSError)):
         utils.write_picture(tmp_path / "out" / "a.xyz", picture, picture.pixels, "me")
     assert not list((tmp_path / "out").iterdir())
@@ -503,6 +543,13 @@ def test_another_suffix_is_another_format(tmp_path):
         utils.write_picture(tmp_path / f"b{suffix}", picture, picture.pixels, "me").rename(tmp_path / f"c{suffix}")
         ((again,), _) = read(tmp_path / f"c{suffix}")
         assert np.abs(again.pixels - picture.pixels).max() <= tolerance + 1e-7
+    for name in ("b.jpg", "b.ppm", "b.bmp"):
+        with pytest.raises(ValueError, match="alpha of 'a'.*png"):
+            utils.check_suffix(name, read(npy(alpha())(tmp_path))[0][0])
+    (truths,), _ = read(npy(grey() > 128)(tmp_path))
+    path = utils.write_picture(tmp_path / "b.tif", truths, truths.pixels, "me")
+    assert np.array_equal(stored(path), 255 * np.uint8(grey() > 128))
+    assert np.array_equal(np.load(utils.write_picture(tmp_path / "b.NPY", truths, truths.pixels, "me")), grey() > 128)
     (deep,), _ = read(png16(alpha(3, np.uint16))(tmp_path))
     utils.write_picture(tmp_path / "b.webp", deep, deep.pixels, "me")
     assert np.abs(np.asarray(Image.open(tmp_path / "b.webp"))[..., 3] - deep.alpha / 257).max() < 0.51

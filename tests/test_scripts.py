@@ -729,7 +729,7 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
     # The file is the network's estimate at the estimated level, and nothing else.
     y = torch.from_numpy(np.asarray(Image.open(tmp_path / "mine.png")) / np.float32(255)).permute(2, 0, 1)[None]
     model = load_model(trained / "checkpoints" / "score.pt")
-    sigma, _ = denoise.picture_level(model, y, model.sigma_min, model.sigma_max, eight_bit=True)
+    sigma, _ = denoise.picture_level(model, y, model.sigma_min, model.sigma_max, whole_numbers=True)
     expected = model(y, sigma)[0].permute(1, 2, 0).clamp(0, 1) * 255
     saved = np.asarray(Image.open(tmp_path / "output" / "mine_mmse.png"))
     assert np.abs(saved - expected.numpy()).max() < 0.51
@@ -754,8 +754,17 @@ def test_a_folder_is_denoised_but_for_what_cannot_be_read(trained, tmp_path):
         assert found == {"a_sde.png", "a_2_sde.png", "sub/a_sde.png"}
     run(tmp_path, "denoise.py", f"in/a.png --output one.png --checkpoint {checkpoint} --sigma 0.1 --steps 2 --device cpu")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "output" / "a_2_sde.png").read_bytes()
-    _, err = run(tmp_path, "denoise.py", f"in --output one.png --checkpoint {checkpoint} --sigma 0.1", code=2)
-    assert "--output" in err
+    for line, word in (("in --sigma 0.1", "more than one"), ("in/sub/a.png --sigma 0.1 --steps 2", "same command")):
+        _, err = run(tmp_path, "denoise.py", f"{line} --output one.png --checkpoint {checkpoint} --device cpu", code=2)
+        assert "--output" in err and word in err
+
+
+def test_a_picture_that_does_not_fit_an_option_is_left_out(trained, tmp_path):
+    for name, size in (("large.npy", 32), ("small.npy", 8)):
+        np.save(tmp_path / name, np.load(trained / "patches.npy")[0, :size, :size])
+    line = f"small.npy large.npy --blur 5 --steps 2 --draws 1 --checkpoint {trained / 'checkpoints' / 'score.pt'} --device cpu"
+    out, _ = run(tmp_path, "denoise.py", line, code=1)
+    assert "'small' is left out: --blur must be narrow" in out and (tmp_path / "output" / "large_sde.npy").exists()
 
 
 def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_order(trained, tmp_path):

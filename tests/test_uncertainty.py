@@ -233,7 +233,7 @@ def test_a_picture_without_noise_in_its_colours_is_judged_by_the_finest_brightne
     # Half of the noise is shared by 2 x 2 pixels, as texture is: their means would say 1.58 times as much.
     x0, blocks = torch.full((1, 3, 64, 64), 0.5, dtype=torch.float64), normal(1, 1, 32, 32, seed=1)
     n = 0.05 * (normal(1, 1, 64, 64) + blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)) / math.sqrt(2)
-    found, note = denoise.picture_level(known(x0), x0 + n, 0.001, 2.0, eight_bit=True)
+    found, note = denoise.picture_level(known(x0), x0 + n, 0.001, 2.0, whole_numbers=True)
     exact = math.sqrt(3) * n.square().mean().sqrt().item()
     assert abs(math.log(found / exact)) < 4 * math.sqrt(2 / (4 * n.numel())) / 2 and "brightness" in note
 
@@ -261,6 +261,15 @@ def test_the_noise_map_follows_noise_that_varies():
     assert found.shape == (1, 1, 64, 64)
     exact = (((y[:, :, 20:29, 30:39] - MU) ** 2).mean() - C**2).sqrt()
     torch.testing.assert_close(found[0, 0, 24, 34], exact)
+
+
+def test_noise_that_varies_is_told_beside_a_tile_without_any():
+    scale = torch.linspace(0.05, 0.2, 192, dtype=torch.float64)
+    x0 = torch.full((1, 3, 192, 192), 0.5, dtype=torch.float64)
+    x0[:, :, :70, :70] = 1.0  # a white sky, where clipping leaves nothing to judge by
+    y = (x0 + scale * normal(1, 3, 192, 192)).clamp(0, 1)
+    said = denoise.remarks(known(denoise.spread_tiles(x0)), denoise.spread_tiles(y), 0.1, 0.005, denoise.unclipped)
+    assert "not the same everywhere" in said and "left" in said and "right" in said
 
 
 # -----------------------------------------------------------------------------
