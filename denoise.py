@@ -36,7 +36,7 @@ from model import load_model
 # pictures
 INPUT = ("samples",)  # "samples" (five photographs), "cifar10" (its test images), and paths of pictures, .npy arrays, folders
 COUNT = 1000  # at most so many
-LISTED = 16  # up to so many have a line each in the table; so many of the built-in ones an expected PSNR
+LISTED = 16  # up to so many built-in ones have a line each in the table, and so many an expected PSNR; yours all do
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
 OUTPUT = "output"  # folder for all that is written; for one picture also a file
 WHITE = None  # value of white in files of more than 8 bits; none: found, and said
@@ -142,8 +142,8 @@ class Job:
 
     def rows(self):
         """Return rows of the table, one a method, as a mean over its draws, and one of the mean of the draws."""
-        seen = {"as seen" if self.A else "noisy": [self.seen()[None], 0, 0.0]}
-        results = (seen if self.x0 is not None else {}) | self.results
+        results = {} if self.x0 is None else {"as seen" if self.A else "noisy": [self.seen()[None], 0, 0.0]}
+        results |= self.results
         images, calls, seconds = results[METHOD]
         if len(images) > 1:
             results[f"mean of {len(images)}"] = [images.mean(0, keepdim=True), len(images) * calls, len(images) * seconds]
@@ -189,13 +189,14 @@ def spread_tiles(y, size=64, rows=3):
     return torch.cat([y[:, :, t : t + height, k : k + width] for t in tops for k in lefts])
 
 
-def picture_level(denoiser, y, low, high, whole_numbers):
+def picture_level(denoiser, y, low, high):
     """Return the noise level of one picture (1, C, H, W), on a few tiles, and what there is to say of its noise.
 
     Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and luma
     says what is there, or, where that is smoothed as well, luma over pairs of pixels. Texture reads as up to 0.02 of luma.
     """
-    tiles, part = spread_tiles(y), unclipped if whole_numbers else None
+    clipped = y.min() >= 0 and y.max() <= 1 and ((y == 0) | (y == 1)).double().mean() > 1e-3
+    tiles, part = spread_tiles(y), unclipped if clipped else None
     probes = 4 if len(tiles) == 1 else 1
     level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True, start)[0].item()  # noqa: E731
     sigma = level(part)
@@ -203,13 +204,14 @@ def picture_level(denoiser, y, low, high, whole_numbers):
         fine, coarse = level(luma, sigma), level(functools.partial(luma, block=2), sigma)
         brightness = coarse if coarse > 2 * fine else fine
         if brightness > max(1.5 * sigma, 0.02):
-            return brightness, "stronger in brightness than in colour, as in a lossy file: judged by brightness"
+            note = "stronger in brightness than in colour, as in a lossy file: judged by brightness"
+            return brightness, ", ".join([note, *places(denoiser, tiles, brightness, luma)])
     return sigma, remarks(denoiser, tiles, sigma, low, part)
 
 
 def remarks(denoiser, tiles, sigma, low, part):
     """Return in words where the noise of a picture's tiles is not what the network was trained on."""
-    inside, found = (tiles > 0.004) & (tiles < 0.996), []
+    inside, found = (tiles > 0) & (tiles < 1), []
     clipped = 1 - inside.double().mean().item() if part else 0.0
     if sigma < 1.1 * low:
         return "as low as the network knows: nothing to remove"
@@ -221,15 +223,20 @@ def remarks(denoiser, tiles, sigma, low, part):
         found.append(f"not Gaussian (kurtosis {kurtosis:.1f} instead of 3)")
     if clipped > 0.05:
         found.append(f"clipped in {clipped:.0%} of the values")
-    if len(tiles) == 9:  # as spread_tiles cuts them
-        local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values.nan_to_num(nan=sigma)
-        if local.max() > 1.3 * local.min():
-            place = [f"{row} {column}" for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")]
-            least, most = (f"{local[k]:.3f} in the {place[k]}" for k in (local.argmin(), local.argmax()))
-            found.append(f"not the same everywhere, from {least} to {most}")
+    found += places(denoiser, tiles, sigma, part)
     if tiles[:, 0].numel() < 16**2:
         found.append("judged by few pixels")
     return ", ".join(found) + ": expect less of the result" * bool(found)
+
+
+def places(denoiser, tiles, sigma, part):
+    """Return in a list of words where the noise is weakest and strongest, if it varies; tiles: as spread_tiles cuts them."""
+    if len(tiles) < 9:
+        return []
+    local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values.nan_to_num(nan=sigma)
+    names = [f"{row} {column}" for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")]
+    least, most = (f"{local[k]:.3f} in the {names[k]}" for k in (local.argmin(), local.argmax()))
+    return [f"not the same everywhere, from {least} to {most}"] if local.max() > 1.3 * local.min() else []
 
 
 def of_any_kind(denoiser, size=None, place=(0, 0)):
@@ -276,7 +283,11 @@ def read_mask(path):
 def read_jobs(model, device, notify, failed):
     """Yield a job for each picture; those that cannot be denoised are told at the end. Raises ValueError if none can."""
     rng, made, refused = np.random.default_rng(SEED), 0, []
-    for picture in itertools.islice(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed), COUNT):
+    for k, picture in enumerate(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed)):
+        if k == COUNT:
+            if not picture.builtin:
+                notify(f"the first {COUNT} pictures are taken: --count gives another number")
+            break
         try:
             job = make_job(picture, model, device, rng, notify)
         except ValueError as error:
@@ -306,9 +317,9 @@ def make_job(picture, model, device, rng, notify):
     if A:
         picture.resize(height, width)
     elif sigma is None:
-        visible, whole_numbers = utils.visible_part(y, picture.alpha), picture.dtype.kind in "iub"
-        sigma, note = picture_level(of_any_kind(model), visible[None].to(device), low, min(high, 1.0), whole_numbers)
-        sigma = max(sigma, low)  # not below it by rounding
+        visible = utils.visible_part(y, picture.alpha)[None].to(device)
+        sigma, note = picture_level(of_any_kind(model), visible, low, min(high, 1.0))
+        sigma = min(max(sigma, low), high)  # not beyond them by rounding
         notify(f"{picture.name}: noise level estimated at {sigma:.4f}" + f", {note}" * bool(note))
     if not (A or low <= sigma <= high):
         trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
@@ -571,7 +582,7 @@ def main():
     model = load_model(utils.find(CHECKPOINT), device, utils.pick_bfloat16(PRECISION, device))
     check_constants(model)
     rows, shown, failed, count, own = [], [], [], 0, False
-    with tqdm(desc=METHOD, unit="px", unit_scale=True, leave=False, delay=2) as bar:
+    with tqdm(desc=METHOD, unit="px", unit_scale=True, leave=False) as bar:
         jobs = read_jobs(model, device, bar.write, failed)
         if is_file(OUTPUT):
             jobs = list(itertools.islice(jobs, 2))
@@ -597,7 +608,7 @@ def main():
                     shown.append(job)
                 else:
                     job.results.clear()  # before the next picture is read
-    print(utils.table((rows if count <= LISTED else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
+    print(utils.table((rows if own or count <= LISTED else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
     if shown:
         owner = owner_of(INPUT)
         path = Path(OUTPUT, utils.free_name(OUTPUT, f"{Path(INPUT[0]).stem}_{METHOD}", [".jpg", ".gif"], owner) + ".jpg")
@@ -605,8 +616,8 @@ def main():
         for suffix in (".jpg", ".gif"):
             utils.remember(path.with_suffix(suffix), owner)
         print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
-    if own and methods()[METHOD].draws and not is_file(OUTPUT):
-        least = "the mean of the draws" if observed_by() else "mmse"
+    if own and methods()[METHOD].draws:
+        least = "what --method mmse gives" if is_file(OUTPUT) else "the mean of the draws" if observed_by() else "mmse"
         print(f"{least} has the least error, for measurements; a draw ({METHOD}) looks natural, its finest texture is invented")
     if failed:
         sys.exit(1)

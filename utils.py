@@ -301,7 +301,11 @@ def _find_files(sources, notify, failed):  # -> [(name, path)], of which both ma
         if source in ("samples", "cifar10"):
             files.append((source, source))
         elif not os.path.lexists(path):
-            raise FileNotFoundError(f"no such file or folder: '{source}' (and not 'samples' or 'cifar10')")
+            missing = f"no such file or folder: '{source}' (and not 'samples' or 'cifar10')"
+            if len(sources) == 1:
+                raise FileNotFoundError(missing)
+            failed.append(source)
+            notify(missing)
         elif not path.is_dir():
             files.append((path.stem, path))
         else:
@@ -462,7 +466,7 @@ def _value_range(arrays, white):
         raise ValueError("values that are not numbers")
     slack = 0.25 if dtype.kind == "f" else 0
     ranges = [(0, 2**bits - 1) for bits in (8, 10, 12, 14, 15 if dtype == np.int16 else 16) if not slack or bright > 2**bits / 8]
-    ranges = [*([(0, 1), (-1, 1)] if slack else []), *ranges, (low, max(high, low + 1))]
+    ranges = [*([(0, 1)] + [(-1, 1)] * (dark < -0.1) if slack else []), *ranges, (low, max(high, low + 1))]
     black, white = next((a, b) for a, b in ranges if a - slack * (b - a) <= dark and bright <= b + slack * (b - a))
     plain = (dtype == np.uint16 and white == 65535) or (black == 0 <= low and high <= 1 == white)
     said = f"{dtype} values from {low:.6g} to {high:.6g}, read as {black:.6g} (black) to {white:.6g} (white)"

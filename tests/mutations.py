@@ -86,7 +86,7 @@ denoise.py
     draw ignores pixels ¦ zlib.crc32(channel.contiguous().numpy(), crc) ¦ 0 ¦ denoising
     texture ignored ¦ ) ** TEXTURE, ¦ ), ¦ denoising
     rho ignored ¦ steps, RHO or rho) ¦ steps, rho) ¦ denoising
-    count ignored ¦ , notify, failed), COUNT) ¦ , notify, failed), None) ¦ denoising
+    count ignored ¦ if k == COUNT: ¦ if k == -1: ¦ denoising
     one step holds the method's result ¦ ("mmse", sde.adams, levels[:1], 0) ¦ ("mmse", sampler, levels, 0) ¦ denoising
     batches of several levels ¦ (job.y.shape, job.sigma, job.picture.builtin) ¦ (job.y.shape, job.picture.builtin) ¦ denoising
     batches of several kinds ¦ (job.y.shape, job.sigma, job.picture.builtin) ¦ (job.y.shape, job.sigma) ¦ denoising

@@ -88,7 +88,7 @@ def photograph_rows(model, sigmas, seed, device="cpu"):
         for x0 in photographs(10_000, device).values():
             y = noisy(x0 if size == "whole" else avg_pool2d(x0, 4), sigma, seed)
             y = y if kind == "float" else eight_bits(y)
-            ratios.append(denoise.picture_level(model, y, model.sigma_min, 1.0, kind == "8 bit")[0] / sigma)
+            ratios.append(denoise.picture_level(model, y, model.sigma_min, 1.0)[0] / sigma)
         row = {"sigma": f"{sigma:g}", "input": f"photographs, {size}, {kind}", "median of found / true": float(np.median(ratios))}
         rows.append(row | {"least": min(ratios), "most": max(ratios)})
     return rows
@@ -102,7 +102,7 @@ def codec_rows(model, sigmas, seed, size=128, device="cpu"):
             ratios, best, losses = [], [], []
             for x0 in photographs(size, device).values():
                 y = through(noisy(x0, sigma, seed), form, options)
-                found, _ = denoise.picture_level(model, y, model.sigma_min, 1.0, whole_numbers=True)
+                found, _ = denoise.picture_level(model, y, model.sigma_min, 1.0)
                 quality = {s: utils.psnr(model(y, s), x0).item() for s in (found, *(sigma * np.geomspace(0.3, 1.7, 14)))}
                 ratios.append(found / sigma)
                 best.append(max(quality.values()))

@@ -457,6 +457,15 @@ def test_missing_files_and_empty_folders_are_errors(tmp_path):
         (tmp_path / name).write_text("text")
     with pytest.raises(ValueError, match="none of 2 files"):
         read(tmp_path)
+    np.save(tmp_path / "c.npy", FLOAT)
+    failed = []
+    found, said = read([tmp_path / "nowhere", tmp_path / "c.npy"], failed=failed)
+    assert len(found) == 1 and failed == [tmp_path / "nowhere"] and "no such file" in said[0]
+
+
+def test_bright_floats_are_not_taken_for_a_range_around_zero(tmp_path):
+    (picture,), said = read(npy(1.4 * FLOAT)(tmp_path))
+    assert picture.black >= 0 and len(said) == 1
 
 
 # -----------------------------------------------------------------------------

@@ -729,7 +729,7 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
     # The file is the network's estimate at the estimated level, and nothing else.
     y = torch.from_numpy(np.asarray(Image.open(tmp_path / "mine.png")) / np.float32(255)).permute(2, 0, 1)[None]
     model = load_model(trained / "checkpoints" / "score.pt")
-    sigma, _ = denoise.picture_level(model, y, model.sigma_min, model.sigma_max, whole_numbers=True)
+    sigma, _ = denoise.picture_level(model, y, model.sigma_min, model.sigma_max)
     expected = model(y, sigma)[0].permute(1, 2, 0).clamp(0, 1) * 255
     saved = np.asarray(Image.open(tmp_path / "output" / "mine_mmse.png"))
     assert np.abs(saved - expected.numpy()).max() < 0.51
@@ -763,6 +763,10 @@ def test_a_picture_that_does_not_fit_an_option_is_left_out(trained, tmp_path):
     for name, size in (("large.npy", 32), ("small.npy", 8)):
         np.save(tmp_path / name, np.load(trained / "patches.npy")[0, :size, :size])
     line = f"small.npy large.npy --blur 5 --steps 2 --draws 1 --checkpoint {trained / 'checkpoints' / 'score.pt'} --device cpu"
+    out, _ = run(tmp_path, "denoise.py", line, code=1)
+    few = line.replace("large.npy --blur 5", "large.npy nowhere.png --blur 0.5 --count 1")
+    out, _ = run(tmp_path, "denoise.py", few, code=1)
+    assert "nowhere.png" in out and "the first 1 pictures" in out and "large" not in out.split("first 1")[1]
     out, _ = run(tmp_path, "denoise.py", line, code=1)
     assert "'small' is left out: --blur must be narrow" in out and (tmp_path / "output" / "large_sde.npy").exists()
 

@@ -233,7 +233,7 @@ def test_a_picture_without_noise_in_its_colours_is_judged_by_the_finest_brightne
     # Half of the noise is shared by 2 x 2 pixels, as texture is: their means would say 1.58 times as much.
     x0, blocks = torch.full((1, 3, 64, 64), 0.5, dtype=torch.float64), normal(1, 1, 32, 32, seed=1)
     n = 0.05 * (normal(1, 1, 64, 64) + blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)) / math.sqrt(2)
-    found, note = denoise.picture_level(known(x0), x0 + n, 0.001, 2.0, whole_numbers=True)
+    found, note = denoise.picture_level(known(x0), x0 + n, 0.001, 2.0)
     exact = math.sqrt(3) * n.square().mean().sqrt().item()
     assert abs(math.log(found / exact)) < 4 * math.sqrt(2 / (4 * n.numel())) / 2 and "brightness" in note
 
@@ -270,6 +270,14 @@ def test_noise_that_varies_is_told_beside_a_tile_without_any():
     y = (x0 + scale * normal(1, 3, 192, 192)).clamp(0, 1)
     said = denoise.remarks(known(denoise.spread_tiles(x0)), denoise.spread_tiles(y), 0.1, 0.005, denoise.unclipped)
     assert "not the same everywhere" in said and "left" in said and "right" in said
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_clipping_is_seen_in_the_values_whatever_their_kind(clipped):
+    x0 = torch.linspace(0, 1, 64, dtype=torch.float64).expand(1, 3, 64, 64)
+    y = x0 + 0.2 * normal(1, 3, 64, 64)
+    found, note = denoise.picture_level(known(x0), y.clamp(0, 1) if clipped else y, 0.001, 2.0)
+    assert ("clipped" in note) == clipped and abs(found / 0.2 - 1) < 0.05
 
 
 # -----------------------------------------------------------------------------
