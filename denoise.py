@@ -515,7 +515,7 @@ def panels_of_draws(seen, sigma, images, x0):
 
 
 def show(jobs, path):
-    """Draw each picture and its middle, enlarged: noisy, on the way, one step, the results, clean; and animate the frames."""
+    """Show each picture and its middle, enlarged: noisy, on the way, one step, the results, clean; and animate the frames."""
     grid = []
     for job in jobs:
         images, (sigma, state, _) = job.results[METHOD][0], job.frames[len(job.frames) // 2]

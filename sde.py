@@ -383,17 +383,17 @@ def _scoring(denoiser, y, s, probes, part):
     return project(y - denoised) ** 2 + excess, information
 
 
-def grey(denoiser, noise):
+def grey(denoiser, e):
     """Return a denoiser of grey images, (B, 1, H, W), from one of colour images: x, sigma -> E[x0 | x], the mean of its channels.
 
     The noise n of a grey image is the same in all channels. Zero-sum noise makes it white: with e unit Gaussian,
     sigma n + sqrt(3) sigma (e_c - mean e) is independent between channels, of standard deviation sqrt(3) sigma and mean sigma n.
-    noise: e, (B, 3, H, W) like the image, kept fixed, so that this is one differentiable function and everything above
+    e, (B, 3, H, W) like the image, is kept fixed, so that this is one differentiable function and everything above
     and every sampler work with it. Exact where luma and chroma are independent under the prior; the range of levels is
     that of the network over sqrt(3). In a sampler the network sees a grey image with white noise at every level, so what is
     drawn is grey; where luma and chroma depend on each other, its law is p(x0 | y) for grey x0 only as far as the network's is.
     """
-    zero_sum = sqrt(3) * (noise - noise.mean(1, keepdim=True))
+    zero_sum = sqrt(3) * (e - e.mean(1, keepdim=True))
     return lambda x, sigma: denoiser(x + _per_image(sigma, x) * zero_sum, sqrt(3) * sigma).mean(1, keepdim=True)
 
 

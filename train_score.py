@@ -99,7 +99,7 @@ def noise_law(u, sigma_min, sigma_max, tails):
     return log_sigma.exp()
 
 
-def draw_batch(images, step, batch_size, flip, law, seed):
+def make_batch(images, step, batch_size, flip, law, seed):
     """Return x0, sigma and noise of one step; they depend on the seed and the step alone, so a run can be resumed.
 
     images: uint8 (N, 3, H, W). law: from quantiles in [0, 1] to noise levels.
@@ -365,7 +365,7 @@ def main():
         with tqdm(total=EPOCHS * len(train), unit="img", unit_scale=True, disable=rank > 0 or None) as bar:  # on a terminal
             bar.initial = bar.n = training.images_seen
             while training.step < steps and not utils.any_process(stop):
-                batch, weight = utils.share(draw_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED), rank, world)
+                batch, weight = utils.share(make_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED), rank, world)
                 training.learn(batch, weight, learning_rate(training.step, steps, LR, WARMUP, DECAY), CLIP, EMA)
                 bar.update(training.images_seen - bar.n)
                 if training.step % LOG_STEPS == 0:

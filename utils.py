@@ -937,7 +937,7 @@ def means(rows, key, name):
 
 
 def plot_training(path, losses, psnrs, images_at):
-    """Draw the loss, and the validation PSNR of each noise level, against the images seen, all as in save_curves."""
+    """Plot the loss, and the validation PSNR of each noise level, against the images seen, all as in save_curves."""
     levels = list(psnrs[-1][1]) if psnrs else []
     rows = math.ceil((1 + len(levels)) / 3)
     figure = Figure(figsize=(10, 2.4 * rows), layout="constrained")
@@ -959,7 +959,7 @@ def plot_training(path, losses, psnrs, images_at):
 
 
 def plot_pictures(path, rows, detail=40):
-    """Draw rows of (title, (3, H, W) image, caption); below pictures larger than 64 pixels stands their middle, enlarged."""
+    """Show rows of (title, (3, H, W) image, caption); below pictures larger than 64 pixels stands their middle, enlarged."""
     grid = []
     for row in rows:
         grid.append([(title, crop(image, 256), caption) for title, image, caption in row])

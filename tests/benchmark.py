@@ -1,4 +1,4 @@
-"""Print the tables of the README and draw its figures.
+"""Print the tables of the README and make its figures.
 
     python tests/benchmark.py                       # the recipe this project starts from, classical denoisers, the U-Net
     python tests/benchmark.py --table levels        # the U-Net at every noise level, beside a Gaussian's bound
@@ -10,7 +10,7 @@
     python tests/benchmark.py --table speed         # of training and sampling
     python tests/benchmark.py --help                # every constant below is an option
 
-"results" also draws PSNR along Langevin runs (figures/langevin.png), "levels" the gain over the Wiener filter
+"results" also plots PSNR along Langevin runs (figures/langevin.png), "levels" the gain over the Wiener filter
 (figures/levels.png), "expected" both PSNRs (figures/expected.png), "observations" draws (figures/observations.jpg).
 """
 
@@ -139,7 +139,7 @@ def results_table(device):
 
 
 def plot_langevin(path, recipe, model, y, x0, end=0.04):
-    """Draw PSNR against step size times updates, up to `end`, where the curves of all step sizes fall on each other."""
+    """Plot PSNR against step size times updates, up to `end`, where the curves of all step sizes fall on each other."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     styles = {"color": ["#0072B2", "#E69F00", "#000000"], "linestyle": ["-", "--", ":"], "linewidth": [4, 2.5, 1.5]}
@@ -218,7 +218,7 @@ def levels_table(device):
 
 
 def plot_levels(path, rows, count):
-    """Draw how many dB the network gains on the Wiener filter at each noise level."""
+    """Plot how many dB the network gains on the Wiener filter at each noise level."""
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.subplots()
     gains = [row["one step, PSNR dB"] - row["Wiener filter, PSNR dB"] for row in rows]
@@ -257,7 +257,7 @@ def grey_table(device):
 
 
 def expected_table(device):
-    """Return a row for each noise level, and draw the expected PSNR over the true one."""
+    """Return a row for each noise level, and plot the expected PSNR over the true one."""
     model, x0, rows = read_model(CHECKPOINT, device, PRECISION), first_images(device), []
     figure = Figure(figsize=(7.5, 3), layout="constrained")
     for axes, sigma in zip(figure.subplots(1, 3), (0.05, 0.1, 0.3)):
@@ -281,7 +281,7 @@ def observations_table(device):
 
 
 def plot_uncertainty(path, model, x0, draws=64, probes=256):
-    """Draw for each image where it is uncertain: by the Jacobian, by the spread of draws, and the true error."""
+    """Show for each image where it is uncertain: by the Jacobian, by the spread of draws, and the true error."""
     noise = utils.seeded_noise(range(len(x0) * draws), x0.device)
     y = pictures.noisy(x0, SIGMA, SEED)
     denoised, variance = sde.expected_error(model, y, SIGMA, probes, utils.seeded_noise(range(len(x0)), x0.device))
@@ -337,7 +337,7 @@ def speed_table(device):
 
     def train():
         trained.zero_grad()
-        t.denoising_loss(trained, *t.draw_batch(images, 0, t.BATCH_SIZE, t.FLIP, law, SEED)).backward()
+        t.denoising_loss(trained, *t.make_batch(images, 0, t.BATCH_SIZE, t.FLIP, law, SEED)).backward()
         for optimizer in optimizers:
             optimizer.step()
 

@@ -125,7 +125,7 @@ def certify(denoiser, y, x0, sigma, sigma_min):
         levels, asked_about, kept = sde.noise_levels(sigma, sigma_min, steps), [], label == "`adams`, 20"
         count = DRAWS if calls <= FEW_CALLS else FEW_DRAWS
         asked = watched(denoiser, lambda x, last=asked_about: last.append(x.cpu())) if kept else denoiser
-        draws = pictures.draw(lambda y, noise: sampler(asked, y, levels, noise=noise), y, count, BATCH, SEED)  # noqa: B023
+        draws = pictures.posterior_draws(lambda y, noise: sampler(asked, y, levels, noise=noise), y, count, BATCH, SEED)  # noqa: B023
         rows.append({"sampler, network calls": label, **statistics(draws, truth, observed, one_step, sigma)})
         if kept:  # what it asked last is its state at the lowest level
             states = torch.cat([x.unflatten(0, (-1, len(y))) for x in asked_about[calls - 1 :: calls]])
@@ -211,7 +211,7 @@ def certify_observations(model, x0, sigma_y, count=9):
 
 
 def study_forgetting(path, model, y, x0, sigma):
-    """Draw the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
+    """Plot the squared error of a result, over that of one step, as plain and exact Langevin updates grow in number."""
     error, levels = ((model(y, sigma) - x0) ** 2).mean(), sde.noise_levels(sigma, model.sigma_min, 20)
     relative = lambda x: (((x - x0) ** 2).mean() / error).item()  # noqa: E731
     noise = lambda: utils.seeded_noise(range(SEED, SEED + len(y)), y.device)  # noqa: E731
@@ -258,7 +258,7 @@ def study_forgetting(path, model, y, x0, sigma):
 
 
 def study_dial(path, model, y, x0, sigma):
-    """Draw high-frequency power, against that of the clean images, over the squared error: the price of texture."""
+    """Plot high-frequency power, against that of the clean images, over the squared error: the price of texture."""
     frequency = torch.hypot(torch.fft.fftfreq(y.shape[2])[:, None], torch.fft.fftfreq(y.shape[3])[None]).to(y.device)
     power = lambda x: (torch.fft.fft2(x - 0.5).abs() ** 2 * (frequency > 0.25)).sum().item()  # noqa: E731
     error, clean = ((model(y, sigma) - x0) ** 2).mean().item(), power(x0)
@@ -266,7 +266,8 @@ def study_dial(path, model, y, x0, sigma):
     levels = lambda texture: sde.noise_levels(sigma, sigma * (model.sigma_min / sigma) ** texture, 20)  # noqa: E731
     noise = utils.seeded_noise(range(SEED, SEED + len(y)), y.device)
     stopped = [(f"{t:g}", place(sde.adams(model, y, levels(t), noise=noise))) for t in (0, 0.2, 0.4, 0.6, 1)]
-    draws = pictures.draw(lambda y, noise: sde.adams(model, y, levels(1), noise=noise), y, 16, BATCH, SEED).to(y.device)
+    whole = lambda y, noise: sde.adams(model, y, levels(1), noise=noise)  # noqa: E731
+    draws = pictures.posterior_draws(whole, y, 16, BATCH, SEED).to(y.device)
     averaged = [(str(n), place(draws[:n].mean(0))) for n in (2, 4, 16)]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -290,7 +291,7 @@ def study_dial(path, model, y, x0, sigma):
 
 
 def study_nothing(path, model, count=32):
-    """Draw pictures made from pure noise alone: what the network takes for a picture."""
+    """Show pictures made from pure noise alone: what the network takes for a picture."""
     noise = utils.seeded_noise(range(SEED, SEED + count), next(model.parameters()).device)
     start = 0.5 + model.sigma_max * noise(torch.zeros(count, 3, 32, 32, device=next(model.parameters()).device))
     images = sde.adams(model, start, sde.noise_levels(model.sigma_max, model.sigma_min, 40, math.inf), noise=noise)

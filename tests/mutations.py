@@ -27,11 +27,11 @@ ONLY = ""  # a word; changes without it in their description are left out
 
 groups = {
     "training": "scripts: epoch_shows or noise_level_from or flipped or every_seed or validation_measures or shares or climbs or "
-    "its_recipe or first_step or stopped_twice or tells_its_story or is_a_table or that_is_kept or divergence or starts_from or "
-    "go_on_from",
-    "denoising": "scripts: each_method or noise_can_be or writes_what or a_large_picture or several_sizes or own_picture or "
-    "does_not_depend or denoising_refuses or texture or pixels or a_folder or one_size or observ or "
-    "alpha_grows or pure_noise or share_is",
+    "its_recipe or first_step or stopped_twice or tells_its_story or is_a_table or that_is_kept or unwritable or divergence or "
+    "starts_from or go_on_from",
+    "denoising": "scripts: each_method or noise_can_be or writes_what or in_tiles or several_sizes or own_picture or "
+    "does_not_depend or denoising_refuses or texture or pixels or a_folder or of_one_kind or observ or "
+    "alpha_grows or starts_from_noise or share_is",
 }
 listed = """
 train_score.py
@@ -62,13 +62,13 @@ train_score.py
     no clipping ¦             nn.utils.clip_grad_norm_(parameters, clip)⏎ ¦  ¦ training
     divergence later ¦ loss <= 10 * lowest ¦ loss <= 1000 * lowest ¦ training
     trained on validation images ¦ return images[:-VAL_IMAGES], images ¦ return images, images ¦ training
-    ema may change on the way ¦ free = ("epochs",  ¦ free = ("ema", "epochs",  ¦ scripts: beyond_its_end
+    ema may change on the way ¦ free = ("epochs",  ¦ free = ("ema", "epochs",  ¦ scripts: go_on_beyond
     optimiser's memory not restored ¦                 restore_optimizer(optimizer, saved["state"], memory if self.step else set())⏎ ¦                 memory⏎ ¦ training
     average not restored ¦             restore(self.averaged, kept["averaged"])⏎ ¦  ¦ training
     table before it is whole ¦                     training.plot()⏎ ¦  ¦ training
 model.py
     weights_only False ¦ weights_only=True ¦ weights_only=False ¦ model: runs_no_code
-    sigma_data 0.3 ¦ sigma_data = 0.25 ¦ sigma_data = 0.3 ¦ model: untrained or precond or spread or shipped or outside
+    sigma_data 0.3 ¦ sigma_data = 0.25 ¦ sigma_data = 0.3 ¦ model: untrained or unit_variance or spread or shipped or outside
     film not zero at the start ¦ for parameter in (self.film.weight, self.film.bias, self.conv2.weight ¦ for parameter in (self.conv2.weight ¦ model
     checksum not checked ¦ if archive.testzip(): ¦ if False: ¦ model: damaged
     embedding's range ¦ torch.logspace(-2, 2, ¦ torch.logspace(-2, 3, ¦ model
@@ -118,7 +118,7 @@ sde.py
     corrector's noise ¦ sqrt((2 - delta) * e) ¦ sqrt(2 * e) ¦ sde: correct
     annealed noise ¦ + sqrt(e / 2) * (z_before ¦ + sqrt(e) * (z_before ¦ sde: annealed or order
     Langevin's noise ¦ sqrt(2 * step_size * temperature) ¦ sqrt(step_size * temperature) ¦ sde: angevin
-    last division by alpha ¦     return denoiser(x / sde.alpha(times[-1]), levels[-1])⏎⏎⏎def probability ¦     return denoiser(x, levels[-1])⏎⏎⏎def probability ¦ sde: reverse or draws
+    last division by alpha ¦     return denoiser(x / sde.alpha(times[-1]), levels[-1])⏎⏎⏎def probability ¦     return denoiser(x, levels[-1])⏎⏎⏎def probability ¦ sde: reverse or draws or pull_of_y
     signs become Gaussians ¦ signs = (noise(y).sign() for ¦ signs = (noise(y) for ¦ uncertainty
     components rise ¦ return variances.flip(1),  ¦ return variances,  ¦ uncertainty
     grey noise too weak ¦ zero_sum = sqrt(3) * ¦ zero_sum = sqrt(2) * ¦ uncertainty

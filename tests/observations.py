@@ -36,7 +36,7 @@ def draws(model, x0, A, y, sigma_y, steps, count, batch, seed):
         posterior = sde.observed(model, y.repeat(len(like) // len(y), 1, 1, 1), A, sigma_y)
         return sde.adams(posterior, 0.5 + model.sigma_max * noise(like), levels, noise=noise)
 
-    return pictures.draw(sampler, torch.zeros_like(x0), count, batch, seed)
+    return pictures.posterior_draws(sampler, torch.zeros_like(x0), count, batch, seed)
 
 
 def classical(name, y):

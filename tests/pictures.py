@@ -42,7 +42,7 @@ def noisy(x0, sigma, seed):
     return x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
 
 
-def draw(sampler, y, count, batch, seed):
+def posterior_draws(sampler, y, count, batch, seed):
     """Return `count` draws of sampler(y, noise) for each image, (count, B, 3, H, W) on the CPU; every draw has its own seed."""
     stack, per_batch = [], max(1, batch // len(y))
     for first in range(0, count, per_batch):

@@ -41,13 +41,13 @@ def test_exact_draws_pass_their_certification():
     assert narrow["error of a draw"] < 1.9 and narrow["in 90%"] < 0.89
 
 
-def test_the_standard_error_of_a_ratio_is_that_of_repetitions():
+def test_the_ratios_standard_error_is_that_of_repetitions():
     a, b = 1 + 0.1 * normal(2000, 50, seed=3), 2 + 0.1 * normal(2000, 50, seed=4)
     values, errors = zip(*(certify.ratio(x, y) for x, y in zip(a, b)))
     assert abs(np.std(values) / np.mean(errors) - 1) < 0.1
 
 
-def test_an_interval_that_so_few_draws_cannot_make_is_none():
+def test_too_few_draws_make_no_interval():
     assert certify.coverage(normal(5, 2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1), 0.9) is None
 
 
@@ -59,7 +59,7 @@ def test_the_field_has_its_own_denoiser():
     assert error(0.1) < error(0.08) and error(0.1) < error(0.125) and abs(x0.std() / 0.25 - 1) < 0.3
 
 
-def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
+def test_the_wiener_filter_is_a_gaussians_posterior_mean():
     images = torch.randint(256, (1500, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[:, 1] = images[:, 0]  # two channels that always agree
     x = images.flatten(1).double().numpy() / 255
@@ -82,7 +82,7 @@ def test_operations_are_those_of_a_convolution():
     assert benchmark.operations(lambda: layer(x)) == 2 * 9 * 8 * 16 * 25 * 2
 
 
-def test_the_data_step_of_splitting_weighs_what_is_seen_against_what_was_thought():
+def test_splitting_weighs_what_is_seen_against_the_prior():
     # x = argmin |y - x|^2 / sigma_y^2 + strength |x - z|^2 / s^2 where seen, and z elsewhere; the network doubles.
     start = 0.5 + 0.1 * normal(2, 3, 8, 8, seed=0)
     A, y = observations.observe("half of the pixels", start, 0.1, 0)
@@ -93,7 +93,7 @@ def test_the_data_step_of_splitting_weighs_what_is_seen_against_what_was_thought
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_without_noise_classical_means_undo_what_was_done_to_a_smooth_picture():
+def test_classical_means_restore_a_smooth_picture_without_noise():
     wave = torch.linspace(0, 3, 32).sin()
     x0 = (0.5 + 0.3 * wave[:, None] * wave).expand(1, 3, 32, 32)
     for name in observations.OBSERVATIONS:

@@ -40,14 +40,14 @@ def test_cnn3_is_the_network_of_the_recipe():
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
-def test_an_untrained_unet_is_the_wiener_estimate_of_its_prior(sigma):
+def test_an_untrained_unet_is_a_wiener_estimate(sigma):
     # F = 0 leaves c_skip, and that is the posterior mean if the pixels are N(0.5, sigma_data^2).
     model, x = ScoreModel(**SMALL), images(2, 3, 8, 8)
     c2 = model.sigma_data**2
     torch.testing.assert_close(model(x, sigma), 0.5 + c2 / (c2 + sigma**2) * (x - 0.5))
 
 
-def test_at_the_spread_of_pixels_half_of_the_noise_is_believed():
+def test_at_the_pixels_spread_half_is_believed():
     # Where sigma is the standard deviation of pixels around 0.5, a quarter, the Wiener estimate is halfway.
     model, x = ScoreModel(**SMALL), images(1, 3, 8, 8)
     torch.testing.assert_close(model(x, 0.25), 0.25 + x / 2)
@@ -70,13 +70,13 @@ def test_a_residual_block_is_its_formula():
     torch.testing.assert_close(block(x, e), x + block.conv2(silu(h)), rtol=1e-4, atol=1e-4)
 
 
-def test_the_noise_level_is_embedded_by_sines_of_its_logarithm():
+def test_sines_of_its_logarithm_embed_the_noise_level():
     layer, log_sigma = NoiseEmbedding(6), torch.tensor([-2.0, 0.3])
     angles = log_sigma[:, None] * 2 ** torch.linspace(-2, 2, 16)
     torch.testing.assert_close(layer(log_sigma), layer.layers(torch.cat([angles.cos(), angles.sin()], 1)))
 
 
-def test_preconditioning_asks_the_network_for_a_target_of_unit_variance():
+def test_the_networks_target_has_unit_variance():
     # D = x0 solved for F must have variance 1 whatever sigma, if x0 has variance sigma_data^2 (Karras et al. 2022, B.6).
     rng = torch.Generator().manual_seed(0)
     for sigma in (0.01, 0.1, 1.0):
@@ -162,13 +162,13 @@ def test_attention_is_softmax_attention_within_each_window():
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_to_a_multiple_of_the_coarsest_grid_keeps_the_image_in_place():
+def test_padding_keeps_the_image_in_place():
     model, x = small_model(), images(1, 3, 8, 8)
     padded = torch.nn.functional.pad(x[..., :7], (0, 1, 0, 0), mode="replicate")
     torch.testing.assert_close(model(x[..., :7], 0.1), model(padded, 0.1)[..., :7])
 
 
-def test_the_state_keeps_its_precision_whatever_the_network_runs_in():
+def test_the_state_keeps_its_precision():
     x = images(2, 3, 8, 8, dtype=torch.float64)
     for bfloat16 in (False, True):
         assert small_model(bfloat16=bfloat16)(x, 0.1).dtype == torch.float64
@@ -176,7 +176,7 @@ def test_the_state_keeps_its_precision_whatever_the_network_runs_in():
     assert (small_model(bfloat16=True)(x, 1e-6) - x).abs().max() < 1e-4
 
 
-def test_the_loss_of_the_true_denoiser_is_its_posterior_variance():
+def test_the_true_denoisers_loss_is_its_posterior_variance():
     # x0 ~ N(0.5, c^2): E (D - x0)^2 = c^2 s^2 / (c^2 + s^2), over what is typical of CIFAR-10.
     c, rng = 0.1, torch.Generator().manual_seed(1)
     model = ScoreModel(**SMALL)
@@ -237,7 +237,7 @@ def test_muon_has_the_hidden_convolutions_and_adam_the_rest():
     assert len(adam.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
-def test_muon_moves_a_convolution_by_an_orthogonal_matrix_along_its_gradient():
+def test_muon_moves_a_convolution_by_an_orthogonal_matrix():
     # The update is -lr 0.2 sqrt(max(n, m)) U V^T for a gradient U S V^T (Liu et al. 2025, eq. 4); five Newton-Schulz
     # iterations bring singular values between 0.7 and 1.2 instead of 1 (Jordan et al. 2024).
     rng = torch.Generator().manual_seed(3)
@@ -333,7 +333,7 @@ def test_wrong_configurations_are_refused():
             ScoreModel(**SMALL | wrong)
 
 
-def test_what_is_not_a_batch_of_float_images_is_refused():
+def test_only_a_batch_of_float_images_is_taken():
     for wrong in (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4), torch.zeros(1, 1, 4, 4)):
         with pytest.raises(ValueError, match=re.escape(str(tuple(wrong.shape)))):
             small_model()(wrong, 0.1)
@@ -350,7 +350,7 @@ def one_step_psnr(model, sigma):
     return psnr(model(y, sigma), torch.from_numpy(np.stack(x0)).permute(0, 3, 1, 2)).mean().item()
 
 
-def test_the_shipped_network_is_small_trained_and_says_how_well():
+def test_the_shipped_network_says_how_good_it_is():
     model = load_model("checkpoints/score_cifar10.pt")
     assert sum(p.numel() for p in model.parameters()) < 2.1e6 and Path("checkpoints/score_cifar10.pt").stat().st_size < 10e6
     assert (model.sigma_min, model.sigma_max) == (0.005, 20.0)

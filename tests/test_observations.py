@@ -98,7 +98,7 @@ def test_the_posterior_denoiser_is_the_closed_form(A, s, iterations):
 
 @everywhere
 @pytest.mark.parametrize("s", [0.01, 0.1, 1.0])
-def test_it_is_exact_for_a_gaussian_prior_unlike_the_preconditioner(A, s):
+def test_it_is_exact_unlike_the_preconditioner(A, s):
     C = covariance("uneven")
     x0, y = picture_and_observation(A, C)
     x, denoiser = x0 + s * images(seed=5), functools.partial(gaussian_denoiser, C=C)
@@ -180,7 +180,7 @@ def law_of_draws(denoiser, start, spread, levels):
 
 
 @everywhere
-def test_draws_from_pure_noise_have_the_posterior_mean_and_covariance(A):
+def test_draws_from_pure_noise_have_the_posterior_law(A):
     # Grey pictures of 4 x 4, from MU + 100 n on. The covariance is right to second order in the step.
     size = 4
     C = matrix(sde._filter(sde.natural_power(images(1, size)[:, :1])), size, 1)
@@ -209,7 +209,7 @@ def ancestral_response(denoiser, y, levels):
 
 
 @pytest.mark.parametrize("contrast, ratio, spread", [(0.1, 1.6, 0.67), (1.0, 1.33, 0.57)])
-def test_the_pull_of_y_put_into_the_reverse_sde_counts_it_twice(contrast, ratio, spread):
+def test_the_pull_in_the_reverse_sde_counts_twice(contrast, ratio, spread):
     # The reverse SDE starts at the noisy picture y and so knows it; published code adds (y - x) / (sigma^2 - s^2) to the score.
     sigma, levels = 0.1, torch.linspace(0.1 ** (1 / 7), 1e-3 ** (1 / 7), 400, dtype=torch.float64).pow(7).tolist()
     variance = contrast**2 * sigma**2 / (contrast**2 + sigma**2)  # of x0 given y, whose mean is variance / sigma^2 times y

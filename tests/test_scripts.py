@@ -136,7 +136,7 @@ def test_the_curves_are_a_table_too(trained):
     assert list(rows) == sorted(rows) and rows[118]["images"] == "472" and rows[118]["loss"] == ""
 
 
-def test_ended_at_any_moment_a_training_goes_on_as_if_it_had_not(trained, patches, tmp_path):
+def test_a_training_killed_at_any_moment_goes_on(trained, patches, tmp_path):
     # FUZZ=130 ends it 43 times. It saves at every step; the moments reach from the loading of modules to its end.
     line, rng = f"--data {patches} {SMALL} --save-minutes 0", random.Random(0)
     for k in range(int(os.environ.get("FUZZ", 9)) // 3):
@@ -166,7 +166,7 @@ def stopping(monkeypatch):
     return stop
 
 
-def test_a_training_stopped_twice_ends_as_if_it_had_not(trained, patches, tmp_path, stopping):
+def test_a_training_stopped_twice_ends_the_same(trained, patches, tmp_path, stopping):
     line = f"--data {patches} {SMALL}"
     for steps, total in ((7, 7), (0, 7), (56, 63)):  # between two losses that are logged, and four steps into epoch 2
         stopping(steps)
@@ -201,7 +201,7 @@ def test_a_training_is_its_recipe(patches, tmp_path):
     model = ScoreModel("unet", 0.02, 2.0, (32, 32), (1, 1), (0, 1))
     optimizers, averaged, losses = train_score.make_optimizers(model, "muon", 1.0), copy.deepcopy(model), []
     for step, (lr, decay) in enumerate(((0.01, 0.1), (0.02, 2 / 11), (0.02 * 2 / 3, 0.25))):
-        x0, sigma, noise = train_score.draw_batch(images, step, 4, True, lambda u: train_score.noise_law(u, 0.02, 2.0, 0.1), 5)
+        x0, sigma, noise = train_score.make_batch(images, step, 4, True, lambda u: train_score.noise_law(u, 0.02, 2.0, 0.1), 5)
         loss = train_score.denoising_loss(model, x0, sigma, noise)
         model.zero_grad()
         loss.backward()
@@ -245,7 +245,7 @@ def torchrun(folder, line):
     return subprocess.Popen([*command, *line.split()], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_two_processes_equal_one_which_goes_on_where_they_stopped(patches, tmp_path, stopping):
+def test_two_processes_equal_one_that_goes_on(patches, tmp_path, stopping):
     # 26 images in batches of 5, so of 3 and 2 to a process, and one image in the last.
     # Adam, since Muon's own arithmetic is in bfloat16, and tells roundings apart by 1e-2.
     line = f"--data {patches} {TWO} --optimizer adam --epochs 4"
@@ -280,7 +280,7 @@ def test_a_signal_to_one_process_stops_both(patches, tmp_path):
     assert "stopped after step" in out and load_checkpoint(resume)["step"] > 0, out + err
 
 
-def test_shares_of_a_batch_weigh_as_much_as_they_hold():
+def test_shares_weigh_as_much_as_they_hold():
     batch = [torch.arange(5.0) ** 2, torch.arange(5.0)]
     for world in (1, 2, 3, 5, 7):
         shares = [utils.share(batch, rank, world) for rank in range(world)]
@@ -295,10 +295,10 @@ def test_shares_of_a_batch_weigh_as_much_as_they_hold():
 
 
 def drawn(images, step, flip=True, seed=0):
-    return train_score.draw_batch(images, step, 4, flip, lambda u: 0.01 * 100**u, seed)
+    return train_score.make_batch(images, step, 4, flip, lambda u: 0.01 * 100**u, seed)
 
 
-def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
+def test_an_epoch_shows_every_image_once():
     numbers = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
     seen = [drawn(numbers, step)[0][:, 0, 0, 0] * 255 for step in range(6)]
     first, second = (torch.cat(seen[k : k + 3]).round().int().tolist() for k in (0, 3))
@@ -323,7 +323,7 @@ def test_half_of_the_images_are_flipped_left_to_right():
     assert all(torch.equal(drawn(images, s, flip=False)[0], images[train_score.epoch_order(4, 0, s)] / 255) for s in range(9))
 
 
-def test_every_seed_has_its_own_order_flips_levels_and_noise():
+def test_every_seed_has_its_own_batches():
     images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
     for first, second in zip(drawn(images, 5, seed=0), drawn(images, 5, seed=1)):
         assert not torch.equal(first, second)
@@ -333,7 +333,7 @@ def test_every_seed_has_its_own_order_flips_levels_and_noise():
         assert torch.equal(first, second)
 
 
-def test_the_first_step_is_one_learning_rate_of_adam_and_most_of_it_enters_the_average(patches, tmp_path):
+def test_the_first_step_is_adams_and_enters_the_average(patches, tmp_path):
     # Adam's first step moves each weight by the learning rate, here at a quarter of its rise and not fallen yet;
     # the first average keeps a tenth of the start.
     line = "--network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --lr 1e-3 --warmup 4 --decay 1 --epochs 1"
@@ -347,7 +347,7 @@ def test_the_first_step_is_one_learning_rate_of_adam_and_most_of_it_enters_the_a
         torch.testing.assert_close(state["averaged"][name] - weight, 0.9 * move, rtol=0, atol=1e-7)
 
 
-def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path, refuses):
+def test_only_more_epochs_go_on_beyond_the_end(trained, tmp_path, refuses):
     for name, content in contents(trained).items():
         path = tmp_path / name.relative_to(trained)
         path.parent.mkdir(exist_ok=True)
@@ -366,7 +366,7 @@ def test_training_goes_on_beyond_its_end_only_with_more_epochs(trained, tmp_path
     refuses(tmp_path, "train_score.py", line, "score.pt", "--name")
 
 
-def test_an_end_cut_between_its_files_is_completed_by_the_next_start(trained, patches, tmp_path):
+def test_an_end_cut_short_is_completed_next_time(trained, patches, tmp_path):
     for name in ("score.pt", "score_resume.pt"):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / name).write_bytes((trained / "checkpoints" / name).read_bytes())
@@ -416,7 +416,7 @@ def test_what_no_training_can_go_on_from_is_refused(trained, patches, tmp_path, 
 
 
 @pytest.mark.parametrize("where", ["checkpoints", "figures", "figures/score_training.png", "figures/score_training.csv"])
-def test_what_cannot_be_written_is_found_before_the_first_step(patches, tmp_path, refuses, where):
+def test_an_unwritable_file_is_found_before_training(patches, tmp_path, refuses, where):
     path = tmp_path / where
     if path.suffix:
         path.mkdir(parents=True)
@@ -464,7 +464,7 @@ def test_training_starts_from_a_checkpoint(trained, patches, tmp_path, refuses):
     refuses(tmp_path, "train_score.py", start_from.replace("--blocks 1 1", "--blocks 1 2") + " --name other", "--init", "(1, 2)")
 
 
-def test_the_images_seen_are_those_of_batches_that_may_end_an_epoch_early():
+def test_images_seen_count_the_short_batches_too():
     training = train_score.Training("any", ScoreModel("cnn3", 0.1, 0.1), [], 26, 5, {})  # 5 steps of 5 images, and one of 1
     for training.step, seen in ((0, 0), (1, 5), (5, 25), (6, 26), (7, 31), (13, 57)):
         assert training.images_seen == seen
@@ -477,7 +477,7 @@ def test_a_checkpoint_without_its_story_starts_no_training(tmp_path, refuses, in
     refuses(tmp_path, "train_score.py", f"--data samples {SMALL} --init net.pt", "--init", "net.pt")
 
 
-def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good_state(patches, tmp_path):
+def test_a_divergence_of_the_recipe_keeps_its_last_state(patches, tmp_path):
     recipe = (
         f"--data {patches} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --warmup 0 "
         "--decay 0 --ema 0 --batch-size 64 --val-images 64 --log-steps 1 --device cpu --name cnn3"
@@ -496,7 +496,7 @@ def test_the_recipe_is_reachable_by_options_and_a_divergence_keeps_the_last_good
     )
 
 
-def test_a_loss_that_climbs_is_a_divergence_before_it_is_infinite():
+def test_a_loss_that_climbs_is_a_divergence():
     training = train_score.Training("any", ScoreModel("cnn3", 0.1, 0.1), [], 100, 10, {})
     training.losses, training.step = [[10, 3.0], [20, 0.3]], 30
     training.loss_sum.fill_(29.0)
@@ -591,7 +591,7 @@ def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
     torch.testing.assert_close(estimate, model(y, 0.1)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_batch_has_one_size_one_level_and_one_kind(monkeypatch):
+def test_a_batch_is_of_one_kind(monkeypatch):
     monkeypatch.setattr(denoise, "BATCH_PIXELS", 3 * 64)
     kinds = [(8, 0.1, False)] * 4 + [(8, 0.2, False), (4, 0.2, False), (4, 0.2, False), (4, 0.2, True), (8, 0.1, True)]
     pictures = [utils.Picture(None, (size, 8), None, source="samples#1" * builtin) for size, _, builtin in kinds]
@@ -600,15 +600,21 @@ def test_a_batch_has_one_size_one_level_and_one_kind(monkeypatch):
     assert found == [[0, 1, 2], [3], [4], [5, 6], [7], [8]]
 
 
+def printed(out):
+    """The table that a script printed, a dictionary a row."""
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
 def test_a_run_writes_what_it_did(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "score.pt"
     out, _ = run(tmp_path, "denoise.py", f"--checkpoint {checkpoint} --steps 4 --device cpu")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
-    assert rows[0] == ["picture", "sigma", "method", "PSNR dB", "SSIM", "expected PSNR", "calls", "seconds"]
-    draws, mean = ([float(row[3]) for row in rows if row[2] == label] for label in ("sde", "mean of 2"))
+    rows = printed(out)
+    assert list(rows[0]) == ["picture", "sigma", "method", "PSNR dB", "SSIM", "expected PSNR", "calls", "seconds"]
+    draws, mean = ([float(row["PSNR dB"]) for row in rows if row["method"] == label] for label in ("sde", "mean of 2"))
     assert len(draws) == len(mean) == 6 and all(m > d + 0.3 for d, m in zip(draws, mean))
     assert abs(np.mean(draws[:5]) - draws[5]) < 0.01
-    assert {row[2]: row[6] for row in rows[2:]} == {"noisy": "0", "mmse": "1", "sde": "4", "mean of 2": "8"}
+    assert {row["method"]: row["calls"] for row in rows} == {"noisy": "0", "mmse": "1", "sde": "4", "mean of 2": "8"}
     for name in utils.SAMPLES:
         for ending in ("mmse", "sde_1", "sde_2"):
             assert Image.open(tmp_path / "output" / f"{name}_{ending}.png").size == (128, 128)
@@ -625,7 +631,7 @@ def test_a_run_writes_what_it_did(trained, tmp_path):
     assert not list((tmp_path / "bare").glob("*_frames"))
 
 
-def test_a_draw_has_a_seed_of_its_pixels_and_its_number():
+def test_a_draws_seed_is_of_pixels_and_number():
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     jobs = [denoise.Job(None, image, None, 0.1, LEVELS) for image in (*images, images[0].clone())]
     assert jobs[0].seed(0) == jobs[2].seed(0) and len({job.seed(draw) for job in jobs[:2] for draw in (0, 1)}) == 4
@@ -645,7 +651,7 @@ def test_the_noise_can_be_held_while_the_draw_changes(trained, monkeypatch):
     assert len({*seeds, *others, *of_others}) == 6
 
 
-def test_the_doubt_of_a_white_prior_is_its_posterior_variance(monkeypatch):
+def test_a_white_priors_doubt_is_its_posterior_variance(monkeypatch):
     # An untrained U-Net is the Wiener estimate for independent pixels of variance c^2: all have c^2 s^2 / (c^2 + s^2) given y.
     monkeypatch.setattr(denoise, "METHOD", "mmse")
     monkeypatch.setattr(denoise, "COMPONENTS", 2)
@@ -658,7 +664,7 @@ def test_the_doubt_of_a_white_prior_is_its_posterior_variance(monkeypatch):
     assert abs(job.rows()[0]["expected PSNR"] + 10 * math.log10(variance)) < 1e-4
 
 
-def test_levels_go_as_far_as_texture_and_as_rho_says(trained, monkeypatch):
+def test_levels_follow_texture_and_rho(trained, monkeypatch):
     for name, value in {"SIGMA": 0.2, "TEXTURE": 0.5, "RHO": 3.0, "STEPS": 6, "COUNT": 2}.items():
         monkeypatch.setattr(denoise, name, value)
     jobs = read_jobs(load_model(trained / "checkpoints" / "score.pt"))
@@ -667,7 +673,7 @@ def test_levels_go_as_far_as_texture_and_as_rho_says(trained, monkeypatch):
         torch.testing.assert_close(job.levels, sde.noise_levels(0.2, (0.2 * 0.01) ** 0.5, 6, 3.0))
 
 
-def test_a_large_picture_in_tiles_is_the_picture_in_one_piece(trained):
+def test_a_picture_in_tiles_is_the_picture_whole(trained):
     model = load_model(trained / "checkpoints" / "score.pt")
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(1, 3, 250, 303, generator=rng)
@@ -681,7 +687,7 @@ def test_a_large_picture_in_tiles_is_the_picture_in_one_piece(trained):
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-def test_a_draw_in_tiles_is_the_draw_in_one_piece(monkeypatch, channels):
+def test_a_draw_in_tiles_is_the_draw_whole(monkeypatch, channels):
     model = load_model(utils.find("checkpoints/score_cifar10.pt"))
     y = torch.rand(channels, 300, 64, generator=torch.Generator().manual_seed(0)) / 2
     picture = utils.Picture(None, (300, 64, channels), np.dtype(np.float32))
@@ -718,14 +724,14 @@ def test_pictures_of_several_sizes_and_levels_go_together(trained, tmp_path):
     assert (tmp_path / "output" / "mixed_sde.jpg").exists() and (tmp_path / "output" / "mixed_sde.gif").exists()
 
 
-def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
+def test_an_own_picture_gets_no_invented_psnr(trained, tmp_path):
     ((_, x0),) = utils.read_images("samples")[1:2]
     (noisy,) = utils.add_noise([x0[:50, :70]], 0.1, 0)
     utils.save_image(tmp_path / "mine.png", torch.from_numpy(noisy).permute(2, 0, 1))
     line = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --input mine.png --method mmse --device cpu --precision float32"
     out, _ = run(tmp_path, "denoise.py", line)
     assert "mine: noise level estimated at" in out and "PSNR dB" not in out
-    assert [line.split("|")[3].strip() for line in out.splitlines() if line.startswith("| mine")] == ["mmse"]
+    assert [(row["picture"], row["method"]) for row in printed(out)] == [("mine", "mmse")]
     # The file is the network's estimate at the estimated level, and nothing else.
     y = torch.from_numpy(np.asarray(Image.open(tmp_path / "mine.png")) / np.float32(255)).permute(2, 0, 1)[None]
     model = load_model(trained / "checkpoints" / "score.pt")
@@ -739,7 +745,7 @@ def test_an_own_picture_gets_no_noise_and_no_invented_psnr(trained, tmp_path):
     assert (tmp_path / "output" / "mine_2_mmse.png").exists()
 
 
-def test_a_folder_is_denoised_but_for_what_cannot_be_read(trained, tmp_path):
+def test_a_folder_loses_only_what_is_unreadable(trained, tmp_path):
     checkpoint = trained / "checkpoints" / "score.pt"
     (tmp_path / "in" / "sub").mkdir(parents=True)
     patches = np.load(trained / "patches.npy")
@@ -759,7 +765,7 @@ def test_a_folder_is_denoised_but_for_what_cannot_be_read(trained, tmp_path):
         assert "--output" in err and word in err
 
 
-def test_a_picture_that_does_not_fit_an_option_is_left_out(trained, tmp_path):
+def test_a_picture_that_fits_no_option_is_left_out(trained, tmp_path):
     for name, size in (("large.npy", 32), ("small.npy", 8)):
         np.save(tmp_path / name, np.load(trained / "patches.npy")[0, :size, :size])
     line = f"small.npy large.npy --blur 5 --steps 2 --draws 1 --checkpoint {trained / 'checkpoints' / 'score.pt'} --device cpu"
@@ -771,7 +777,7 @@ def test_a_picture_that_does_not_fit_an_option_is_left_out(trained, tmp_path):
     assert "'small' is left out: --blur must be narrow" in out and (tmp_path / "output" / "large_sde.npy").exists()
 
 
-def test_a_draw_of_an_image_does_not_depend_on_the_images_beside_it_or_their_order(trained, tmp_path):
+def test_a_draw_does_not_depend_on_its_neighbours(trained, tmp_path):
     common = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --sigma 0.1 --steps 3 --device cpu --draws 2"
     patches = np.load(trained / "patches.npy")[:4]
     for name, part, batch in (("together", patches, 2**18), ("apart", patches[::-1], 1024)):
@@ -835,7 +841,7 @@ def test_a_share_is_missing_of_every_picture():
     assert abs(seen.mean().item() - 0.7) < 0.006 and torch.equal(seen[0, 0], seen[0, 1])  # 3 standard deviations
 
 
-def test_the_fill_is_the_posterior_mean_of_a_gaussian_prior():
+def test_the_fill_is_a_gaussians_posterior_mean():
     y = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
     power = sde.natural_power(y).numpy()
     transform = {"axes": (1, 2, 3), "norm": "ortho"}
@@ -843,7 +849,7 @@ def test_the_fill_is_the_posterior_mean_of_a_gaussian_prior():
     np.testing.assert_allclose(denoise.fill(y, lambda x: x, 0.1, torch.zeros_like(y)), expected, atol=1e-4)
 
 
-def test_what_is_not_wholly_seen_starts_from_pure_noise_and_a_noisy_picture_from_itself():
+def test_what_is_not_wholly_seen_starts_from_noise():
     y, levels, starts = torch.rand(3, 40, 50), sde.noise_levels(20.0, 0.01, 3), []
     for A in (lambda x: x, None):
         job = denoise.Job(utils.Picture(None, (40, 50, 3), None), y, None, 0.1, levels, A)
@@ -933,7 +939,7 @@ def test_both_scripts_take_the_first_and_the_last_seed(trained, tmp_path, refuse
     refuses(tmp_path, "denoise.py", line, "nowhere")
 
 
-def test_the_last_seed_has_weights_of_its_own_and_the_next_would_not():
+def test_the_last_seed_has_weights_of_its_own():
     def first(seed):
         torch.manual_seed(seed)
         return next(ScoreModel("cnn3", 0.1, 0.1).parameters())

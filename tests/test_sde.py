@@ -74,7 +74,7 @@ def test_time_is_the_inverse_of_sigma(process):
 
 
 @pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
-def test_drift_and_diffusion_carry_the_variance_that_alpha_and_sigma_state(process):
+def test_drift_and_diffusion_carry_the_stated_variance(process):
     # Var x_t = alpha^2 (C^2 + sigma^2) must solve v' = 2 f v + g^2; the derivative here is a central difference.
     t, h = torch.linspace(0.1, 0.9, 9, dtype=torch.float64), 1e-5
     variance = lambda t: process.alpha(t) ** 2 * (C**2 + process.sigma(t) ** 2)  # noqa: E731
@@ -108,7 +108,7 @@ def test_sub_vp_has_the_published_coefficients():
 
 
 @pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
-def test_the_score_of_a_gaussian_is_exact_at_every_time(process):
+def test_the_score_of_a_gaussian_is_exact(process):
     t = torch.tensor(0.3, dtype=torch.float64)
     alpha, sigma = process.alpha(t), process.sigma(t)
     x_t = torch.linspace(-2, 2, 100, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_samplers_refuse_levels_that_do_not_fall(sampler, levels):
         sampler(gaussian(), torch.rand(1, 3, 4, 4), levels)
 
 
-def test_the_noise_of_a_part_is_that_of_the_whole_there():
+def test_a_part_has_the_noise_of_the_whole():
     x, size = torch.zeros(2, 3, 90, 70), (90, 70)
     whole, part = (utils.seeded_noise([5, 6], size=size, place=place, block=32) for place in ((0, 0), (20, 40)))
     for _ in range(2):
@@ -167,14 +167,14 @@ def test_noise_in_blocks_is_unit_gaussian_and_independent():
     assert correlations.abs().max() < 5.5 / math.sqrt(768)  # of 32,640
 
 
-def test_a_picture_of_one_block_has_one_stream_of_noise():
+def test_a_block_has_one_stream_of_noise():
     x, rng = torch.zeros(1, 3, 512, 40), torch.Generator().manual_seed(7)
     noise = utils.seeded_noise([7])
     assert all(torch.equal(noise(x)[0], torch.randn(3, 512, 40, generator=rng)) for _ in range(2))
 
 
 @pytest.mark.parametrize("sampler", POSTERIOR_SAMPLERS)
-def test_one_seed_per_image_makes_a_draw_independent_of_its_batch(sampler):
+def test_one_seed_an_image_frees_it_of_its_batch(sampler):
     y, levels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), noise_levels(SIGMA, 0.01, 5)
     draw = lambda y, seeds: sampler(gaussian(), y, levels, noise=utils.seeded_noise(seeds))  # noqa: E731
     together = draw(y, [7, 8, 9])
@@ -197,7 +197,7 @@ def test_with_one_level_samplers_give_the_posterior_mean(sampler):
 
 
 @pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
-def test_reverse_sde_converges_to_the_gaussian_posterior_with_order_one(process):
+def test_reverse_sde_converges_with_order_one(process):
     mean, std = posterior(1.3)
     mean_errors, std_errors = [], []
     for steps in (50, 100, 200, 400):
@@ -219,7 +219,7 @@ def test_draws_have_the_law_that_their_impulses_predict():
 
 
 @pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
-def test_probability_flow_converges_to_its_closed_form_with_order_two(process):
+def test_probability_flow_converges_with_order_two(process):
     # dx/dsigma = sigma (x - MU) / (C^2 + sigma^2) carries y to MU + (y - MU) C / sqrt(C^2 + SIGMA^2) at sigma = 0.
     exact = MU + (1.3 - MU) * C / math.sqrt(C**2 + SIGMA**2)
     run = lambda steps: sde.probability_flow_ode(gaussian(), one(1.3), noise_levels(SIGMA, 1e-4, steps), process).item()  # noqa: E731
@@ -234,7 +234,7 @@ def test_probability_flow_converges_to_its_closed_form_with_order_two(process):
     ids=lambda v: getattr(v, "__name__", ""),
 )
 @pytest.mark.parametrize("rho", [3.0, 7.0, math.inf])
-def test_posterior_samplers_converge_to_the_gaussian_posterior_with_their_order(sampler, order, rho):
+def test_posterior_samplers_converge_with_their_order(sampler, order, rho):
     mean, std = posterior(1.3)
     errors = []
     for steps in (20, 40, 80):
@@ -258,7 +258,7 @@ def test_adams_is_of_second_order_on_uneven_levels():
     assert order_of(errors) > 1.8
 
 
-def test_adams_with_40_calls_beats_first_order_samplers_with_400():
+def test_adams_with_40_calls_beats_first_order_400():
     mean, std = posterior(1.3)
     errors = {}
     for sampler, steps in ((sde.adams, 40), (sde.ancestral, 400), (sde.reverse_sde, 400)):
@@ -298,7 +298,7 @@ def test_only_a_corrector_that_observes_keeps_the_observation():
     assert MU < means[False, 8] < means[False, 1] < mean and means[False, 8] - MU < 0.5 * (mean - MU)
 
 
-def test_the_pull_of_y_in_the_reverse_sde_counts_y_twice():
+def test_the_pull_of_y_in_the_sde_counts_twice():
     # score + (y - x) / (SIGMA^2 - t^2) put into Euler-Maruyama, as in published code, pulls too far and scatters too little.
     mean, std = posterior(1.3)
 
@@ -314,7 +314,7 @@ def test_the_pull_of_y_in_the_reverse_sde_counts_y_twice():
 
 
 @pytest.mark.parametrize("stop", [0.3, 0.1, 0.03])
-def test_an_sde_stopped_early_lies_between_the_mean_and_a_draw(stop):
+def test_an_sde_stopped_early_is_between_mean_and_draw(stop):
     # D(x_s, s) is E[x0 | x_s]: its variance given y is what x_s knows of x0 beyond y, Var[x0 | y] - Var[x0 | x_s].
     mean, std = posterior(1.3)
     m, s = exact_mean_and_std(sde.adams, 1.3, noise_levels(SIGMA, stop, 100))
@@ -323,7 +323,7 @@ def test_an_sde_stopped_early_lies_between_the_mean_and_a_draw(stop):
 
 
 @pytest.mark.parametrize("sampler", POSTERIOR_SAMPLERS)
-def test_draws_fall_into_the_modes_of_a_mixture_with_the_posterior_weights(sampler):
+def test_draws_fall_into_a_mixtures_modes_by_weight(sampler):
     # x0 is a or b with scatter C: the weights of the posterior given y are known, and 4 standard errors are allowed.
     modes, scatter, y, n = torch.tensor([0.2, 0.8], dtype=torch.float64), 0.05, 0.45, 4000
 
@@ -371,7 +371,7 @@ def test_corrections_keep_the_variance_around_a_known_image(delta, observe):
 
 @pytest.mark.parametrize("steps", [2, 3, 6])
 @pytest.mark.parametrize("delta", [0.1, 1.0])
-def test_annealed_langevin_around_a_known_image_is_exact_at_every_level(steps, delta):
+def test_annealed_langevin_around_a_known_image_is_exact(steps, delta):
     # From the first level below SIGMA on, and however few there are: nothing has to relax.
     c, s = 1e-4, 0.2
     sampler = functools.partial(sde.annealed_langevin, delta=delta)
@@ -383,12 +383,12 @@ def test_annealed_langevin_around_a_known_image_is_exact_at_every_level(steps, d
 
 @pytest.mark.parametrize("sampler", [sde.predictor_corrector, sde.annealed_langevin])
 @pytest.mark.parametrize("delta", [0.0, 2.0, 2.5])
-def test_a_langevin_step_that_stands_still_or_diverges_is_refused(sampler, delta):
+def test_a_langevin_step_that_diverges_is_refused(sampler, delta):
     with pytest.raises(ValueError, match=str(delta)):
         sampler(gaussian(), torch.rand(1, 3, 4, 4), [SIGMA, 0.1], delta=delta)
 
 
-def test_an_eta_that_is_no_share_of_the_noise_is_refused():
+def test_an_eta_beyond_zero_to_one_is_refused():
     with pytest.raises(ValueError, match="1.5"):
         sde.ancestral(gaussian(), torch.rand(1, 3, 4, 4), [SIGMA, 0.1], eta=1.5)
 

@@ -82,7 +82,7 @@ def test_expected_error_is_the_variance_of_every_value():
     torch.testing.assert_close(variance[1].flatten(), covariance(K, SIGMA).diag())
 
 
-def test_a_few_probes_give_the_expected_error_within_their_error():
+def test_a_few_probes_give_the_expected_error():
     # A product of signs has variance 1, so v^T C v has twice the sum of the squares off the diagonal.
     K, denoiser = prior((3, 4, 4))
     cov, rng = covariance(K, SIGMA), torch.Generator().manual_seed(1)
@@ -219,7 +219,7 @@ def test_a_part_alone_decides_the_level():
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_the_level_of_luma_is_that_of_the_mean_of_channels(block):
+def test_the_level_of_luma_is_the_channel_means(block):
     # Over k values of which one is kept, the squared mean of signs has a variance below 2: the error of the trace.
     x0, n = torch.full((1, 3, 16, 16), 0.5, dtype=torch.float64), normal(1, 3, 16, 16)
     means = torch.nn.functional.avg_pool2d(n.mean(1, keepdim=True), block)
@@ -229,7 +229,7 @@ def test_the_level_of_luma_is_that_of_the_mean_of_channels(block):
     assert abs((found / exact).log().item()) < 4 * math.sqrt(2 / (100 * means.numel())) / 2
 
 
-def test_a_picture_without_noise_in_its_colours_is_judged_by_the_finest_brightness_that_has_noise():
+def test_a_lossy_picture_is_judged_by_its_finest_brightness():
     # Half of the noise is shared by 2 x 2 pixels, as texture is: their means would say 1.58 times as much.
     x0, blocks = torch.full((1, 3, 64, 64), 0.5, dtype=torch.float64), normal(1, 1, 32, 32, seed=1)
     n = 0.05 * (normal(1, 1, 64, 64) + blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)) / math.sqrt(2)
@@ -263,7 +263,7 @@ def test_the_noise_map_follows_noise_that_varies():
     torch.testing.assert_close(found[0, 0, 24, 34], exact)
 
 
-def test_noise_that_varies_is_told_beside_a_tile_without_any():
+def test_noise_that_varies_is_told():
     scale = torch.linspace(0.05, 0.2, 192, dtype=torch.float64)
     x0 = torch.full((1, 3, 192, 192), 0.5, dtype=torch.float64)
     x0[:, :, :70, :70] = 1.0  # a white sky, where clipping leaves nothing to judge by
@@ -323,7 +323,7 @@ def test_the_grey_denoiser_is_exact_where_luma_is_independent(sigma):
     torch.testing.assert_close(variance, exact.expand_as(y))
 
 
-def test_the_level_of_a_grey_image_is_that_of_its_noise():
+def test_the_level_of_a_grey_image_is_found():
     y = MU + 0.5 * normal(1, 1, 16, 16)
     denoiser = sde.grey(luma_chroma_denoiser(C**2, chroma=0.01), normal(1, 3, 16, 16, seed=1))
     exact = (((y - MU) ** 2).mean() - C**2).sqrt()

@@ -196,7 +196,7 @@ def test_ssim_is_the_formula_of_its_authors():
     assert abs(utils.ssim(x[None], y[None])[0] - parts.mean().item()) < 1e-6
 
 
-def test_ssim_is_one_for_equal_images_and_falls_with_noise():
+def test_ssim_falls_from_one_with_noise():
     ((_, image),) = utils.read_images("samples")[:1]
     x0, mild, strong = (torch.from_numpy(utils.add_noise([image], s, 0)[0]).permute(2, 0, 1)[None] for s in (0, 0.05, 0.2))
     assert abs(utils.ssim(x0, x0)[0] - 1) < 1e-9 and utils.ssim(strong, x0)[0] < utils.ssim(mild, x0)[0] < 1
@@ -220,7 +220,7 @@ def test_a_table_is_aligned_markdown():
     assert mean == {"m": "x", "v": 1.5, "n": 2, "who": "mean of 2"}
 
 
-def test_a_film_keeps_what_the_network_was_asked_and_said():
+def test_a_film_keeps_question_and_answer():
     film = utils.Film(lambda x, sigma: x * sigma, count=1, size=4)
     x = torch.arange(2 * 3 * 6 * 8.0).view(2, 3, 6, 8)
     assert torch.equal(film(film(x, 0.5), torch.tensor(0.25)), x / 8)
@@ -249,7 +249,7 @@ def test_tiles_cover_the_picture_once(size, side):
 # -----------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")
     with pytest.raises(OSError, match="kept.txt"), utils.replacing(path) as temporary:
@@ -271,7 +271,7 @@ def test_a_saved_image_is_clipped_and_rounded_once(tmp_path):
     assert np.array_equal(saved[1:], gradient(5, 7)[1:])
 
 
-def test_one_process_at_a_time_writes_a_name_and_leftovers_go(tmp_path):
+def test_one_process_at_a_time_writes_a_name(tmp_path):
     path = tmp_path / "folder" / "net.pt"
     with utils.only_process(path):
         with pytest.raises(ValueError, match="another process"), utils.only_process(path):
@@ -291,7 +291,7 @@ def test_a_stop_signal_is_noted_and_nothing_is_cut(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_disk_that_is_full_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "net.pt"
     utils.save_checkpoint(path, {"a": 1})
     before = path.read_bytes()
