@@ -1041,8 +1041,7 @@ def save_components(path, middle, deviations, directions):
     """Draw, for each direction (C, H, W) of norm 1, what lies -2 to 2 standard deviations from the estimate along it."""
     rows = []
     for k, (deviation, direction) in enumerate(zip(deviations, directions)):
-        rows.append(
-            [(f"{t:+d} sd", middle + t * deviation * direction, f"component {k + 1}" * (t == 0)) for t in (-2, -1, 0, 1, 2)]
-        )
+        along = [(t, middle + t * deviation * direction) for t in (-2, -1, 0, 1, 2)]
+        rows.append([(f"{t:+d} sd" if t else "one step", image, "" if t else f"direction {k + 1}") for t, image in along])
         rows[-1].append(("direction", 0.5 + direction / direction.abs().max() / 2, ""))
     plot_pictures(path, rows, detail=0)

@@ -11,7 +11,8 @@
     python tests/benchmark.py --help                # every constant below is an option
 
 "results" also plots PSNR along Langevin runs (figures/langevin.png), "levels" the gain over the Wiener filter
-(figures/levels.png), "expected" both PSNRs (figures/expected.png), "observations" draws (figures/observations.jpg).
+(figures/levels.png), "expected" both PSNRs and what is uncertain (figures/expected.png, uncertainty.png, components.png),
+"observations" draws (figures/observations.jpg).
 """
 
 import functools
@@ -270,6 +271,7 @@ def expected_table(device):
         axes.grid(alpha=0.3)
     utils.save_figure(Path("figures", "expected.png"), figure)
     plot_uncertainty(Path("figures", "uncertainty.png"), model, x0[:4])
+    plot_components(Path("figures", "components.png"), model, x0[:1])
     return rows
 
 
@@ -299,6 +301,13 @@ def plot_uncertainty(path, model, x0, draws=64, probes=256):
     agreement = torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flatten()]))[0, 1]
     print(f"the two maps of deviation: correlation {agreement:.3f}, mean {maps[0].mean():.4f} and {maps[1].mean():.4f}")
     utils.save_figure(path, figure)
+
+
+def plot_components(path, model, x0, sigma=0.6, count=3):
+    """Show the main directions in which an image is uncertain, where much of it is."""
+    y = pictures.noisy(x0, sigma, SEED)
+    variances, directions = sde.principal_components(model, y, sigma, count, noise=utils.seeded_noise([SEED], y.device))
+    utils.save_components(path, model(y, sigma)[0], variances[0].clamp(min=0).sqrt(), directions[0])
 
 
 # -----------------------------------------------------------------------------
