@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import observations
+import pictures
 import utils
-from model import ScoreModel
+from model import ScoreModel, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,6 +116,18 @@ def test_every_wrong_change_has_one_place_in_the_code():
         assert change.right != change.wrong
 
 
+def test_grey_photographs_are_denoised_as_grey():
+    (row,) = pictures.grey_rows(load_model(utils.find("checkpoints/score_cifar10.pt")), [0.1], 0, size=64)
+    assert row["network, PSNR dB"] > row["as if it were coloured"] + 3 and row["gain dB"] > 0.7
+
+
+def test_lossy_files_cost_little_of_what_is_possible(monkeypatch):
+    monkeypatch.setattr(pictures, "CODECS", {name: pictures.CODECS[name] for name in ("JPEG 75", "WebP 80")})
+    rows = pictures.codec_rows(load_model(utils.find("checkpoints/score_cifar10.pt")), [0.1], 0, size=40)
+    assert [row["file"] for row in rows] == ["JPEG 75", "WebP 80"]
+    assert all(0 <= row["mean loss dB"] <= row["largest loss dB"] < 0.5 and row["best PSNR dB"] > 26 for row in rows)
+
+
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     """A folder with untrained networks and a few patches."""
@@ -139,7 +152,7 @@ def networks(tmp_path_factory):
         ),
         ("benchmark.py", "--table levels --levels 0.1 0.5 --train patches.npy", "0.1|0.5|float32, gain", ["levels"]),
         ("benchmark.py", "--table noise --noise-levels 0.1", "8 bit|within 4%", []),
-        ("benchmark.py", "--table expected", "0.05|correlation|two maps", ["expected", "uncertainty"]),
+        ("benchmark.py", "--table expected", "0.05|correlation|two maps", ["expected", "uncertainty", "components"]),
         (
             "benchmark.py",
             "--table observations --observed-steps 4",
