@@ -122,10 +122,9 @@ def test_grey_photographs_are_denoised_as_grey():
 
 
 def test_lossy_files_cost_little_of_what_is_possible(monkeypatch):
-    monkeypatch.setattr(pictures, "CODECS", {name: pictures.CODECS[name] for name in ("JPEG 75", "WebP 80")})
-    rows = pictures.codec_rows(load_model(utils.find("checkpoints/score_cifar10.pt")), [0.1], 0, size=40)
-    assert [row["file"] for row in rows] == ["JPEG 75", "WebP 80"]
-    assert all(0 <= row["mean loss dB"] <= row["largest loss dB"] < 0.5 and row["best PSNR dB"] > 26 for row in rows)
+    monkeypatch.setattr(pictures, "CODECS", {"JPEG 75": pictures.CODECS["JPEG 75"]})  # the one that smooths most
+    (row,) = pictures.codec_rows(load_model(utils.find("checkpoints/score_cifar10.pt")), [0.1], 0, size=40)
+    assert 0 <= row["mean loss dB"] <= row["largest loss dB"] < 0.5 and row["best PSNR dB"] > 26
 
 
 @pytest.fixture(scope="module")
