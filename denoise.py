@@ -289,12 +289,10 @@ def read_jobs(model, device, notify, failed):
                 notify(f"the first {COUNT} pictures are taken: --count gives another number")
             break
         try:
-            job = make_job(picture, model, device, rng, notify)
+            yield make_job(picture, model, device, rng, notify)
+            made += 1
         except ValueError as error:
             refused.append((picture, error))
-        else:
-            made += 1
-            yield job
     if refused and not made:
         raise refused[0][1]
     for picture, error in refused:
@@ -306,6 +304,7 @@ def make_job(picture, model, device, rng, notify):
     """Return the job of a picture, with its noise level: the one added, the one given, or an estimate. Raises ValueError."""
     made, y, x0 = ADD_NOISE or picture.builtin, torch.from_numpy(picture.pixels).permute(2, 0, 1), None
     height, width = (n // ENLARGE * ENLARGE if made else n * ENLARGE for n in y.shape[1:])
+    utils.check(height and width, "ENLARGE", ENLARGE, f"must not exceed the sides of '{picture.name}'")
     A = observation((height, width), MASK, BLUR, ENLARGE, SEED)
     sigma = SIGMA or (0.02 if A else 0.1 if made else None)
     if made:
@@ -338,17 +337,11 @@ def make_job(picture, model, device, rng, notify):
 
 def batches(jobs):
     """Yield lists of neighbouring jobs that are alike: in size, noise level and kind, at most BATCH_PIXELS pixels together."""
-    batch, kind = [], lambda job: (job.y.shape, job.sigma, job.picture.builtin)
-    for job in jobs:
-        if batch and kind(batch[0]) != kind(job):
+    kind = lambda job: (job.picture.shape[:2], (job.y.shape, job.sigma, job.picture.builtin))  # noqa: E731
+    for (size, _), alike in itertools.groupby(jobs, kind):
+        most = max(1, BATCH_PIXELS // math.prod(size))
+        while batch := list(itertools.islice(alike, most)):  # full now, not when the next picture is in memory, too
             yield batch
-            batch = []
-        batch.append(job)
-        if (len(batch) + 1) * math.prod(job.picture.shape[:2]) > BATCH_PIXELS:  # now, not when the next picture is in memory, too
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def draws_of(job):
@@ -448,17 +441,15 @@ def is_file(output):
 def write(job):
     """Write what is asked for of a job, in place of no file but our own; return the paths of the denoised pictures."""
     picture, images, draws = job.picture, {}, job.results[METHOD][0]
+    save = lambda path, image: utils.write_picture(path, picture, as_array(image), job.owner)  # noqa: E731
     if is_file(OUTPUT):
-        return [utils.write_picture(OUTPUT, picture, as_array(draws[0]), job.owner)]
+        return [save(OUTPUT, draws[0])]
     for method, (several, *_) in job.results.items():
         images |= {f"{method}_{k + 1}" if len(several) > 1 else method: image for k, image in enumerate(several)}
     if (DRAWS or job.A) and len(draws) > 1:
         images["mean"] = draws.mean(0)
         write_map(job, "spread", draws.var(0))
-    paths = [
-        utils.write_picture(job.path(f"_{kind}{picture.suffix}"), picture, as_array(image), job.owner)
-        for kind, image in images.items()
-    ]
+    paths = [save(job.path(f"_{kind}{picture.suffix}"), image) for kind, image in images.items()]
     if len(job.components):
         path = job.path("_components.png")
         utils.save_components(path, utils.crop(job.results["mmse"][0][0], 128), *job.components)
@@ -562,9 +553,8 @@ def check_constants(model):
     utils.check(FIGURES in ("auto", "yes", "no"), "FIGURES", FIGURES, "must be auto, yes or no")
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
     walk = [name for name in methods() if name not in ("mmse", "langevin")]
-    users = dict.fromkeys(("texture", "rho", "steps"), walk) | {
-        "draws": [name for name, method in methods().items() if method.draws]
-    }
+    users = dict.fromkeys(("texture", "rho", "steps"), walk)
+    users["draws"] = [name for name, method in methods().items() if method.draws]
     users |= {"sde": ["euler", "heun"], "langevin_steps": ["langevin"], "langevin_step_size": ["langevin"]}
     for name, known in users.items():
         if METHOD not in known and globals()[name.upper()] != defaults[name]:

@@ -85,9 +85,7 @@ def _linear_beta(a, b):  # -> the integral of beta from 0 to t, and its inverse
 
 
 def _derivative(function, t):
-    with torch.enable_grad():
-        t = t.detach().requires_grad_()
-        return torch.autograd.grad(function(t).sum(), t)[0]
+    return torch.func.grad(lambda t: function(t).sum())(t.detach())
 
 
 def noise_levels(sigma, sigma_min, steps, rho=7.0):
@@ -116,8 +114,8 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
 def falling(levels):
     """Return the pairs (t, s) of neighbouring levels as floats; raises ValueError unless they are positive and fall."""
     levels = [float(s) for s in levels]
-    if not (levels and all(t > s > LOWEST for t, s in pairwise([inf, *levels]))):
-        raise ValueError(f"noise levels must be finite, positive and falling, not {levels}")
+    proper = levels and all(t > s > LOWEST for t, s in pairwise([inf, *levels]))
+    _check(proper, "noise levels must be finite, positive and falling", levels)
     return list(pairwise(levels))
 
 

@@ -58,21 +58,15 @@ def set_options(constants, arguments=None, positional=None):
         description=constants["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = lambda message: _fail(parser.prog, f"{message}; see --help")  # without the usage of 30 options
+    kinds = {int: (int, "INT"), float: (_number, "NUMBER"), str: (str, "TEXT"), type(None): (_number_or_none, "NUMBER")}
     for name, value in options(constants).items():
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is None else value
         option = {"default": value, "help": f"{comments.get(name.upper(), '')} [{shown}]".replace("%", "%%")}
         if isinstance(value, bool):
             option["action"] = argparse.BooleanOptionalAction
-        elif value is None:
-            option.update(type=_number_or_none, metavar="NUMBER")
         else:
-            example = value[0] if isinstance(value, tuple) else value
-            metavar = {int: "INT", float: "NUMBER", str: "TEXT"}[type(example)]
-            option.update(
-                type=_number if metavar == "NUMBER" else type(example),
-                metavar=metavar,
-                nargs="+" if isinstance(value, tuple) else None,
-            )
+            option["type"], option["metavar"] = kinds[type(value[0] if isinstance(value, tuple) else value)]
+            option["nargs"] = "+" if isinstance(value, tuple) else None
         parser.add_argument("--" + name.replace("_", "-"), **option)
         if name.upper() == positional:
             parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, metavar=positional)
@@ -159,9 +153,7 @@ def find(path):
 def stop_signals():
     """Within the block Ctrl-C and SIGTERM only note themselves, in the list it yields, so that no step is cut in half."""
     received = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -280,7 +272,7 @@ def read_pictures(sources, data_dir="data", white=None, notify=print, failed=Non
                 picture.name = next(n for n in _numbered(picture.name) if n.casefold() not in taken)  # a.png beside a.jpg
                 taken.add(picture.name.casefold())
                 yield picture
-        except _Unreadable as error:
+        except ValueError as error:
             if len(files) == 1 and not taken:
                 raise
             failed.append(path)
@@ -288,10 +280,6 @@ def read_pictures(sources, data_dir="data", white=None, notify=print, failed=Non
     if not taken:
         what = f"none of {len(failed)} files can be read" if failed else f"no picture ({' '.join(sorted(SUFFIXES))})"
         raise ValueError(f"{what} in {' '.join(map(str, sources))}")
-
-
-class _Unreadable(ValueError):
-    pass
 
 
 def _find_files(sources, notify, failed):  # -> [(name, path)], of which both may also be "samples" or "cifar10"
@@ -326,7 +314,8 @@ def _find_files(sources, notify, failed):  # -> [(name, path)], of which both ma
 
 def _builtin(source, data_dir):
     if source == "samples":
-        arrays = [(name, _thumbnail(photograph, 128)) for name, photograph in sample_photographs()]
+        images = [(name, Image.fromarray(photograph)) for name, photograph in sample_photographs()]
+        arrays = [(name, np.asarray(ImageOps.fit(image, (128, 128), Image.Resampling.LANCZOS))) for name, image in images]
     else:
         arrays = ((f"cifar10_{i:05d}", x) for i, x in enumerate(_cifar10(data_dir, train=False)))
     for name, array in arrays:
@@ -347,7 +336,7 @@ def _read_file(path, name, white, notify):
             yield _finished(picture, name + number, f"{path.resolve()}{frame}", black, white)
     except Exception as error:  # whatever damaged pixels, headers or tags can raise
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else (str(error).splitlines() or [""])[0]
-        raise _Unreadable(f"'{path}' cannot be read: {reason or type(error).__name__}") from None
+        raise ValueError(f"'{path}' cannot be read: {reason or type(error).__name__}") from None
 
 
 def _frames(path):
@@ -625,7 +614,8 @@ def read_patches(source, data_dir="data", train=True, size=32):
                 raise ValueError(f"'{picture.source}' is {width} x {height} pixels, smaller than {size} x {size}")
             pixels = np.rint(picture.pixels.clip(0, 1) * 255).astype(np.uint8)
             stacks.append(np.broadcast_to(pixels, (height, width, 3))[None])
-    return torch.from_numpy(np.concatenate([_cut(x, size) for x in stacks])).permute(0, 3, 1, 2).contiguous()
+    windows = [np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::size, ::size] for x in stacks]
+    return torch.from_numpy(np.concatenate([patches.reshape(-1, 3, size, size) for patches in windows])).contiguous()
 
 
 def read_images(source, data_dir="data"):
@@ -633,23 +623,10 @@ def read_images(source, data_dir="data"):
     return [(p.name, np.repeat(p.pixels, 4 - p.pixels.shape[2], axis=2)[..., :3]) for p in read_pictures(source, data_dir)]
 
 
-def _cut(images, size):  # (N, H, W, 3) -> (N * rows * columns, size, size, 3)
-    n, height, width, _ = images.shape
-    rows, columns = height // size, width // size
-    grid = images[:, : rows * size, : columns * size].reshape(n, rows, size, columns, size, 3)
-    return grid.swapaxes(2, 3).reshape(-1, size, size, 3)
-
-
 def sample_photographs():
     folder = Path(skimage.__file__).parent / "data"
-    return [
-        (name, np.asarray(Image.open(folder / f"{name}.{'jpg' if name == 'rocket' else 'png'}").convert("RGB")))
-        for name in SAMPLES
-    ]
-
-
-def _thumbnail(photograph, size):
-    return np.asarray(ImageOps.fit(Image.fromarray(photograph), (size, size), Image.Resampling.LANCZOS))
+    paths = [folder / f"{name}.{'jpg' if name == 'rocket' else 'png'}" for name in SAMPLES]
+    return [(path.stem, np.asarray(Image.open(path).convert("RGB"))) for path in paths]
 
 
 def _cifar10(data_dir, train):  # -> uint8 (N, 32, 32, 3)
@@ -714,10 +691,8 @@ def tiles(height, width, pixels, halo=64):
 
 def pixels_seen(height, width, pixels, halo=64):
     """Return how many pixels the tiles of a picture have together, with what they see around them."""
-    return sum(
-        (rows.stop - rows.start) * (columns.stop - columns.start)
-        for (_, rows), (_, columns) in tiles(height, width, pixels, halo)
-    )
+    covered = [(rows, columns) for (_, rows), (_, columns) in tiles(height, width, pixels, halo)]
+    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in covered)
 
 
 def over_tiles(function, x, pixels, bar=None, calls=1, halo=64):
@@ -917,11 +892,9 @@ def table(rows):
 
 def means(rows, key, name):
     """Return a row for each value of rows[key]: "mean of n" in the column `name`, and the means of the columns that all have."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
     found = []
-    for group in groups.values():
+    for kind in dict.fromkeys(row[key] for row in rows):
+        group = [row for row in rows if row[key] == kind]
         found.append({name: f"mean of {len(group)}"})
         for column, value in group[0].items():
             values = [row.get(column) for row in group]

@@ -884,6 +884,7 @@ def test_a_gradient_through_tiles_is_that_of_the_whole(trained):
         ("--blur 3 --input small.npy", ["--blur", "narrow"]),
         ("--blur -1", ["--blur"]),
         ("--enlarge 0", ["--enlarge"]),
+        ("--enlarge 200", ["--enlarge", "sides"]),
         ("--enlarge 2 --method mmse", ["--method", "--enlarge"]),
         ("--enlarge 2 --components 2", ["--components"]),
         ("--checkpoint nowhere.pt", ["nowhere.pt"]),
