@@ -82,9 +82,9 @@ class ResidualBlock(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """x + conv(softmax(q k / sqrt(32)) v) in heads of 32 channels, among the positions of each window (Vaswani et al. 2017).
+    """x + conv(softmax(q k / sqrt(8)) v) in heads of 32 channels, among the positions of each window (Vaswani et al. 2017).
 
-    Queries and keys are normalised (Henry et al. 2020), so that no logit grows beyond sqrt(32). Windows are aligned to the
+    Queries and keys are normalised (Henry et al. 2020), so that no logit grows beyond 32 / sqrt(8). Windows are aligned to the
     first pixel; those at the far edges are as large as what is left of the picture. The attention is written out, since the
     library's own is slower here on a CPU, the more so backwards; some windows at a time, which is faster and takes less memory.
     """
@@ -106,7 +106,7 @@ class WindowAttention(nn.Module):
             return t.reshape(-1, w * w, heads, t.shape[-1] // heads).transpose(1, 2)
 
         def attend(q, k, v, there):  # -> (windows, w * w, heads, 32)
-            logits = F.rms_norm(q, (32,)) @ F.rms_norm(k, (32,)).transpose(2, 3) / 32**0.5
+            logits = F.rms_norm(q, (32,)) / 8**0.5 @ F.rms_norm(k, (32,)).transpose(2, 3)
             if any(padding):  # nobody looks at what is not there
                 logits = logits.masked_fill(~there, -math.inf)
             return (logits.softmax(-1) @ v).transpose(1, 2)

@@ -52,10 +52,10 @@ INIT = "none"  # checkpoint to start from, to fine-tune it on other images; "non
 # noise, in units of [0, 1] pixels
 SIGMA_MIN = 0.005  # lowest noise level
 SIGMA_MAX = 20.0  # highest noise level; equal for one level
-TAILS = 0.035  # share of the levels below 0.01, and another of those above 1; log-uniform there and between
+TAILS = 0.05  # share of the levels below 0.015, and another of those above 0.7; log-uniform there and between
 # optimiser
 OPTIMIZER = "muon"  # "muon" (for the hidden convolutions, with Adam for the rest) or "adam" (for all)
-EPOCHS = 10  # passes over the data
+EPOCHS = 26  # passes over the data
 BATCH_SIZE = 32  # images per step
 LR = 3e-3  # learning rate of both optimisers; Muon moves a weight by 0.2 LR a step, Adam by about as much
 WARMUP = 500  # steps over which the learning rate rises from zero
@@ -90,8 +90,8 @@ def typical_error(sigma):
 
 
 def noise_law(u, sigma_min, sigma_max, tails):
-    """Return the noise levels at the quantiles u in [0, 1]: log-uniform below 0.01, from 0.01 to 1, and above 1."""
-    corners = [(0.0, sigma_min), (tails, 0.01), (1 - tails, 1.0), (1.0, sigma_max)]
+    """Return the noise levels at the quantiles u in [0, 1]: log-uniform below 0.015, from 0.015 to 0.7, and above 0.7."""
+    corners = [(0.0, sigma_min), (tails, 0.015), (1 - tails, 0.7), (1.0, sigma_max)]
     corners = corners[:1] + [(v, s) for v, s in corners[1:3] if sigma_min < s < sigma_max] + corners[3:]
     log_sigma = math.log(sigma_min)
     for (v, s), (v_next, s_next) in pairwise(corners):
@@ -140,12 +140,14 @@ def make_optimizers(model, optimizer, lr):
     Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates) replaces the update
     of a matrix by the nearest orthogonal one, so that all its directions learn at one pace. A convolution is a matrix
     from the patch it sees to its output channels, a transposed one from its input channels to the patch it makes. The
-    first and the last convolution, which meet the pixels, the biases and what embeds the noise level are left to Adam.
+    first and the last convolution, which meet the pixels, the biases and what embeds the noise level are left to Adam,
+    whose average of squares is then as short as Muon's momentum: over a longer one, a lone image at a high noise level,
+    with a gradient a hundred times the usual one, is hardly noticed, and the step is as much too large.
     """
     convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     hidden = [m.weight for m in convolutions[1:-1]] if optimizer == "muon" else []
-    taken = {id(weight) for weight in hidden}
-    adam = torch.optim.Adam([p for p in model.parameters() if id(p) not in taken], lr=lr, fused=True)
+    taken, betas = {id(weight) for weight in hidden}, (0.9, 0.95 if hidden else 0.999)
+    adam = torch.optim.Adam([p for p in model.parameters() if id(p) not in taken], lr=lr, betas=betas, fused=True)
     return [adam, HiddenMuon(hidden, lr=lr)] if hidden else [adam]
 
 

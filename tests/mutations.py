@@ -52,11 +52,12 @@ train_score.py
     validation with twice the noise ¦ model(x0 + sigma * z, sigma) ¦ model(x0 + 2 * sigma * z, sigma) ¦ training
     training levels even in sigma ¦     return log_sigma.exp() ¦     return sigma_min + u * (sigma_max - sigma_min) ¦ model: log_uniform
     typical error at high levels ¦ sigma**2 / 0.07 ¦ sigma**2 / 0.1 ¦ model: typical or loss
-    tails of another width ¦ (1 - tails, 1.0) ¦ (1 - 2 * tails, 1.0) ¦ model: log_uniform
+    tails of another width ¦ (1 - tails, 0.7) ¦ (1 - 2 * tails, 0.7) ¦ model: log_uniform
     images over 256 ¦ .float() / 255  # (B ¦ .float() / 256  # (B ¦ training
     warmup from zero ¦ (step + 1) / warmup ¦ step / warmup ¦ training
     decay inverted ¦ (1 - step / steps) / decay ¦ (1 - step / steps) * decay ¦ training
     Muon for the last convolution ¦ convolutions[1:-1] ¦ convolutions[1:] ¦ model: muon
+    Adam's long memory beside Muon ¦ 0.95 if hidden ¦ 0.999 if hidden ¦ model: lone
     Muon's other scale ¦ "match_rms_adamw" ¦ "original" ¦ model: muon
     average starts slower ¦ self.step / (self.step + 9) ¦ self.step / (self.step + 99) ¦ training
     no clipping ¦             nn.utils.clip_grad_norm_(parameters, clip)⏎ ¦  ¦ training
@@ -73,7 +74,7 @@ model.py
     checksum not checked ¦ if archive.testzip(): ¦ if False: ¦ model: damaged
     embedding's range ¦ torch.logspace(-2, 2, ¦ torch.logspace(-2, 3, ¦ model
     attention sees the padding ¦         if any(padding): ¦         if False: ¦ model: attention
-    attention's temperature ¦ / 32**0.5 ¦ / 32 ¦ model: attention
+    attention's temperature ¦ / 8**0.5 ¦ / 8 ¦ model: attention
     no skips ¦ h = self.up[i](h) + skips[i] ¦ h = self.up[i](h) ¦ model
     pads with zeros ¦ mode="replicate" ¦ mode="constant" ¦ model: padding or size
     level not clamped ¦ .clamp(self.sigma_min, self.sigma_max).log() ¦ .log() ¦ model: outside

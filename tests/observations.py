@@ -29,12 +29,13 @@ def observe(name, x0, sigma_y, seed):
 
 
 def draws(model, x0, A, y, sigma_y, steps, count, batch, seed):
-    """Return draws from p(x0 | y), (count, B, 3, H, W), from pure noise in `steps` calls; of x0 only the shape is used."""
+    """Return draws from p(x0 | y), (count, B, 3, H, W), in `steps` calls from pure noise; of x0 only the shape is used."""
     levels = sde.noise_levels(model.sigma_max, model.sigma_min, steps, math.inf)
 
     def sampler(like, noise):
         posterior = sde.observed(model, y.repeat(len(like) // len(y), 1, 1, 1), A, sigma_y)
-        return sde.adams(posterior, 0.5 + model.sigma_max * noise(like), levels, noise=noise)
+        start = denoise.fill(y, A, sigma_y, like[: len(y)]).repeat(len(like) // len(y), 1, 1, 1)
+        return sde.adams(posterior, start + model.sigma_max * noise(like), levels, noise=noise)
 
     return pictures.posterior_draws(sampler, torch.zeros_like(x0), count, batch, seed)
 

@@ -12,7 +12,7 @@ import torch
 import train_score
 from model import CNN3, NoiseEmbedding, ResidualBlock, ScoreModel, WindowAttention, load_checkpoint, load_model
 from train_score import HiddenMuon, denoising_loss, make_optimizers, noise_law, typical_error
-from utils import add_noise, psnr, read_images, save_checkpoint
+from utils import add_noise, psnr, read_images, read_patches, save_checkpoint
 
 SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 32), "blocks": (1, 1), "attention": (0, 1)}
 
@@ -123,9 +123,9 @@ def test_sigma_may_be_one_number_or_one_per_image():
 @pytest.mark.parametrize("sigma", [0.001, 5.0, 79.0])
 def test_outside_its_range_the_network_stays_a_denoiser(sigma):
     # The network is asked as at the end of its range; c_skip, c_out and c_in keep to the level.
-    model, x0 = load_model("checkpoints/score_cifar10.pt"), images(2, 3, 32, 32)
+    model, x0 = load_model("checkpoints/score_cifar10.pt"), read_patches("samples")[:40] / 255
     y = x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    assert ((model(y, sigma) - x0) ** 2).mean() < min(4 * sigma**2, 0.5)  # of white noise, which is no picture
+    assert ((model(y, sigma) - x0) ** 2).mean() < min(2 * sigma**2, 0.1)
     seen = []
     model.net.forward = lambda scaled, log_sigma: seen.append(log_sigma) or torch.zeros_like(scaled)
     c2 = model.sigma_data**2
@@ -152,7 +152,7 @@ def test_attention_is_softmax_attention_within_each_window():
     with torch.no_grad():
         layer.out.weight.copy_(torch.eye(64)[:, :, None, None])
         q, k, v = (t.unflatten(1, (2, 32)) for t in layer.qkv(x).chunk(3, dim=1))  # (B, heads, 32, H, W)
-        q, k = (torch.nn.functional.normalize(t, dim=2) * math.sqrt(32) for t in (q, k))
+        q, k = (torch.nn.functional.normalize(t, dim=2) * factor for t, factor in ((q, 2 * math.sqrt(32)), (k, math.sqrt(32))))
         for top in (0, 4):
             for left in (0, 4, 8):
                 here = (slice(None), slice(None), slice(None), slice(top, top + 4), slice(left, left + 4))
@@ -219,7 +219,7 @@ def test_noise_levels_are_log_uniform_in_three_parts():
     u = torch.linspace(0, 1, 2001, dtype=torch.float64)
     sigma = noise_law(u, 0.005, 20.0, 0.1)
     assert abs(sigma[0] / 0.005 - 1) < 1e-9 and abs(sigma[-1] / 20 - 1) < 1e-9
-    for low, high, share in ((0.0, 0.01, 0.1), (0.01, 1.0, 0.8), (1.0, 30.0, 0.1)):
+    for low, high, share in ((0.0, 0.015, 0.1), (0.015, 0.7, 0.8), (0.7, 30.0, 0.1)):
         part = sigma[(sigma > low) & (sigma < high)].log()
         assert abs(len(part) / 2001 - share) < 2e-3 and part.diff().std() < 1e-9
     torch.testing.assert_close(noise_law(u, 0.02, 0.5, 0.1), 0.02 * 25**u)
@@ -235,6 +235,21 @@ def test_muon_has_the_hidden_convolutions_and_adam_the_rest():
     assert all(re.search(r"conv\d|down|up|qkv|out", name) for name in names) and len(names) == 10
     (adam,) = make_optimizers(model, "adam", 0.1)
     assert len(adam.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_a_lone_large_gradient_moves_no_weight_far():
+    # Adam divides by the root of a running mean of squares: beside Muon's short one, a gradient a hundred times the usual
+    # one counts for 1 - 0.95 of itself squared; with the usual 1 - 0.999 the step would be 2.5 times as long.
+    model = ScoreModel(**SMALL)
+    adam, _ = make_optimizers(model, "muon", 0.1)
+    bias = model.net.head.bias
+    for step in range(400):
+        before = bias.detach().clone()
+        for p in adam.param_groups[0]["params"]:
+            p.grad = torch.full_like(p, 100.0 if step == 399 else (-1.0) ** step)
+        adam.step()
+    far = (bias.detach() - before).abs().max().item() / 0.1
+    assert 0.3 < far < 0.5  # (1 - 0.9) 100 / sqrt((1 - 0.95) 100^2) = 0.45
 
 
 def test_muon_moves_a_convolution_by_an_orthogonal_matrix():
@@ -354,13 +369,13 @@ def test_the_shipped_network_says_how_good_it_is():
     model = load_model("checkpoints/score_cifar10.pt")
     assert sum(p.numel() for p in model.parameters()) < 2.1e6 and Path("checkpoints/score_cifar10.pt").stat().st_size < 10e6
     assert (model.sigma_min, model.sigma_max) == (0.005, 20.0)
-    assert model.info["images_seen"] == 487_020 and not model.info["earlier"]  # from random weights, by one command
+    assert model.info["images_seen"] == 1_266_252 and not model.info["earlier"]  # from random weights, by one command
     options = {name.lower(): value for name, value in vars(train_score).items() if name.isupper()}
     given = {"data", "test", "name"}  # of the command in README, and where the images were
     assert {k: v for k, v in model.info["options"].items() if k not in given} == {k: options[k] for k in options.keys() - given}
-    for sigma, floor in ((0.02, 38.86), (0.05, 33.24), (0.1, 29.28), (0.2, 25.59), (0.5, 21.25)):
+    for sigma, floor in ((0.02, 38.91), (0.05, 33.31), (0.1, 29.35), (0.2, 25.65), (0.5, 21.29)):
         assert model.info["test_psnr"][sigma] > floor
-    for sigma, floor in ((0.05, 32.0), (0.1, 28.5), (0.2, 25.0)):  # on photographs, not thumbnails of CIFAR-10
+    for sigma, floor in ((0.05, 32.0), (0.1, 30.6), (0.2, 25.0)):  # on photographs, not thumbnails of CIFAR-10
         assert one_step_psnr(model, sigma) > floor
 
 
