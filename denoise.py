@@ -202,7 +202,7 @@ def picture_level(denoiser, y, low, high):
     sigma = level(part)
     if y.shape[1] == 3 and min(tiles.shape[2:]) >= 32:
         fine, coarse = level(luma, sigma), level(functools.partial(luma, block=2), sigma)
-        brightness = coarse if coarse > 2 * fine < 0.1 else fine  # stronger noise survives; few coarse values can mislead
+        brightness = coarse if fine < 0.05 and coarse > 2 * fine else fine  # stronger noise is not smoothed away
         if brightness > max(1.5 * sigma, 0.02):
             note = "stronger in brightness than in colour, as in a lossy file: judged by brightness"
             return brightness, ", ".join([note, *places(denoiser, tiles, brightness, luma)])

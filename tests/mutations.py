@@ -93,7 +93,7 @@ denoise.py
     batches of several kinds ¦ (job.y.shape, job.sigma, job.picture.builtin) ¦ (job.y.shape, job.sigma) ¦ denoising
     all draws alike ¦ [job.seed(draw) for job in jobs] ¦ [job.seed(0) for job in jobs] ¦ denoising
     mean of draws is the first ¦ [images.mean(0, keepdim=True), len ¦ [images[:1], len ¦ denoising
-    texture taken for noise ¦ coarse if coarse > 2 * fine < 0.1 else fine ¦ max(fine, coarse) ¦ uncertainty
+    texture taken for noise ¦ coarse if fine < 0.05 and coarse > 2 * fine else fine ¦ max(fine, coarse) ¦ uncertainty
     mask inverted ¦ from_numpy(~missing) ¦ from_numpy(missing) ¦ denoising
     observation from the noisy start ¦ + jobs[0].levels[0] * noise(part) if A else part ¦ + 0.5 * noise(part) if A else part ¦ denoising
     levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ denoising
