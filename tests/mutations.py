@@ -100,6 +100,8 @@ denoise.py
     own picture cut, not enlarged ¦ n // ENLARGE * ENLARGE if made else n * ENLARGE ¦ n // ENLARGE * ENLARGE ¦ denoising
 utils.py
     SIGINT not handled ¦ for number in (signal.SIGINT, signal.SIGTERM) ¦ for number in (signal.SIGTERM,) ¦ utils: signal
+    grey that lost a step is colour ¦ 1.5 / 255 if values.dtype == np.uint8 ¦ 0.0 if values.dtype == np.uint8 ¦ pictures: kind
+    all that is nearly grey is grey ¦ 1.5 / 255 if values.dtype == np.uint8 else 0.0 ¦ 1.5 / 255 ¦ pictures: nearly
     ssim window ¦ "sigma": 1.5 ¦ "sigma": 3.0 ¦ utils: ssim
     ssim without Gaussian weights ¦ "gaussian_weights": True ¦ "gaussian_weights": False ¦ utils: ssim
     tiles off the grid ¦ // 32 * 32 if height ¦ if height ¦ utils scripts: tiles or large_picture

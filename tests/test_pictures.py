@@ -107,6 +107,7 @@ KINDS = {
     "grey JPEG": (pillow("a.jpg", grey()), 1, ".png", (), "uint8", ""),
     "CMYK JPEG": (pillow("a.jpg", scene(), "CMYK"), 3, ".tif", (4,), "uint8", ""),
     "WebP": (pillow("a.webp", scene()), 3, ".png", (3,), "uint8", ""),
+    "grey WebP": (pillow("a.webp", LOSSY), 1, ".png", (3,), "uint8", ""),
     "WebP with alpha": (pillow("a.webp", alpha(), lossless=True, exact=True), 3, ".png", (4,), "uint8", ""),
     "AVIF": (pillow("a.avif", scene()), 3, ".png", (3,), "uint8", ""),
     "BMP": (pillow("a.bmp", scene()), 3, ".png", (3,), "uint8", ""),
@@ -302,6 +303,12 @@ def test_grey_in_four_inks_is_grey(tmp_path):
     (picture,), _ = read(tiff(inks, photometric="separated")(tmp_path))
     assert picture.pixels.shape == (HEIGHT, WIDTH, 1)
     assert np.array_equal(stored(utils.write_picture(tmp_path / "b.tif", picture, picture.pixels, "me")), inks)
+
+
+def test_nearly_grey_floats_keep_their_colours(tmp_path):
+    nearly = np.dstack([FLOAT[:, :, 0]] * 3) + np.float32([0, 0, 1e-3])
+    (picture,), _ = read(npy(nearly)(tmp_path))
+    assert np.array_equal(picture.pixels, nearly)
 
 
 def test_channels_that_may_be_no_colours_are_refused(tmp_path):
