@@ -58,7 +58,7 @@ LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts fr
 LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
 # how sure
 DRAWS = None  # of each picture, by methods that draw; none: 2 of the built-in ones, 1 of yours, 4 of those not wholly seen
-PROBES = 8  # random vectors behind the expected PSNR and the map of uncertainty, a call or two each; 0: neither
+PROBES = None  # random vectors behind the expected PSNR and the map of uncertainty; none: 8, of large pictures fewer; 0: neither
 COMPONENTS = 0  # main directions of doubt to show, of the middle 128 x 128 pixels
 # run
 SEED = 0  # of the noise that is added
@@ -114,6 +114,8 @@ class Job:
     error: float | None = None  # expected squared error of the one-step estimate: the mean variance of a value of x0 given y
     components: tuple = ()  # main directions of doubt: standard deviations (K,) and directions (K, C, H, W)
     frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
+    unsure: bool = False  # whether its uncertainty is to be told
+    written: list = field(default_factory=list)  # paths of all that was
 
     def seed(self, draw):
         """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
@@ -135,6 +137,11 @@ class Job:
 
     def path(self, ending):
         return Path(OUTPUT, self.name + ending)
+
+    def wrote(self, path):
+        """Note a file or folder that was written for this picture: it is ours."""
+        utils.remember(path, self.owner)
+        self.written.append(path)
 
     def seen(self):
         """Return y in the size of the result."""
@@ -206,15 +213,19 @@ def picture_level(denoiser, y, low, high):
         if brightness > max(1.5 * sigma, 0.02):
             note = "stronger in brightness than in colour, as in a lossy file: judged by brightness"
             return brightness, ", ".join([note, *places(denoiser, tiles, brightness, luma)])
-    return sigma, remarks(denoiser, tiles, sigma, low, part)
+    return sigma, remarks(denoiser, tiles, sigma, low, high, part)
 
 
-def remarks(denoiser, tiles, sigma, low, part):
+def remarks(denoiser, tiles, sigma, low, high, part):
     """Return in words where the noise of a picture's tiles is not what the network was trained on."""
     inside, found = (tiles > 0) & (tiles < 1), []
     clipped = 1 - inside.double().mean().item() if part else 0.0
+    if low == high:
+        return "the only level that the network knows"
     if sigma < 1.1 * low:
         return "as low as the network knows: nothing to remove"
+    if sigma > 0.99 * high:
+        return "as high as is looked for: give --sigma"
     if clipped > 0.3:
         return f"clipped in {clipped:.0%} of the values: the level is a guess, give --sigma"
     rest = (tiles - denoiser(tiles, sigma))[inside]
@@ -277,12 +288,16 @@ def observation(size, mask="none", blur=0.0, enlarge=1, seed=0):
 
 @functools.cache
 def read_mask(path):
-    return next(utils.read_pictures(path)).pixels.mean(axis=2) > 0.5
+    """Return where a mask is white, and not transparent: (H, W). White is what is above half of its brightest value."""
+    mask = next(utils.read_pictures(path))
+    missing = (mask.pixels.mean(axis=2) > mask.pixels.max() / 2) & (mask.alpha is None or mask.alpha > 0)
+    utils.check(0 < missing.mean() < 1, "MASK", f"'{path}'", "must be white where the picture is missing, and black elsewhere")
+    return missing
 
 
-def read_jobs(model, device, notify, failed):
-    """Yield a job for each picture; those that cannot be denoised are told at the end. Raises ValueError if none can."""
-    rng, made, refused = np.random.default_rng(SEED), 0, []
+def read_jobs(model, device, notify, failed, refused):
+    """Yield a job for each picture; to the list `refused` go those that cannot be denoised, and why."""
+    rng = np.random.default_rng(SEED)
     for k, picture in enumerate(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed)):
         if k == COUNT:
             if not picture.builtin:
@@ -290,14 +305,8 @@ def read_jobs(model, device, notify, failed):
             break
         try:
             yield make_job(picture, model, device, rng, notify)
-            made += 1
         except ValueError as error:
             refused.append((picture, error))
-    if refused and not made:
-        raise refused[0][1]
-    for picture, error in refused:
-        failed.append(picture.source)
-        notify(f"'{picture.name}' is left out: {error}")
 
 
 def make_job(picture, model, device, rng, notify):
@@ -350,14 +359,14 @@ def draws_of(job):
 
 
 def probes_of(job):
-    return max(1, min(PROBES, 2**21 // job.y[0].numel()))  # of a large picture one says enough
+    return max(1, min(8, 2**21 // job.y[0].numel())) if PROBES is None else PROBES  # of a large picture one says enough
 
 
 def work(job):
     """Return about how many pixels go through the network for a picture, for the progress bar, and how many for `doubt`."""
     size = job.picture.shape[:2]
     calls = len(job.levels) * methods()[METHOD].calls * draws_of(job) + (METHOD != "mmse" and not job.A)
-    products = 1 + 2 * probes_of(job) if PROBES else 0  # a product counts as two calls
+    products = (1 + 2 * probes_of(job)) * (PROBES != 0)  # a product counts as two calls
     return calls * utils.pixels_seen(*size, BATCH_PIXELS), products * utils.pixels_seen(*size, BATCH_PIXELS // 7, halo=32)
 
 
@@ -408,15 +417,35 @@ def sample(network, jobs, device, sampler, draw, filmed):
     return utils.over_tiles(on_tile, like, pixels).cpu(), films[-1]
 
 
+def carry_out(model, jobs, device, filmed, bar, refused):
+    """Give jobs that are alike all that is asked for, and write it; yield them, but for those that go to `refused`, with why."""
+    try:
+        for job in jobs:
+            if job.unsure:
+                doubt(model, job, device, bar)
+        denoise(model, jobs, device, filmed, bar)
+        for job in jobs:
+            write(job)
+    except ValueError as error:
+        for job in jobs:
+            job.results.clear(), job.written.clear()
+        if len(jobs) == 1:
+            refused.append((jobs[0].picture, error))
+        else:  # because of one of them
+            for k, job in enumerate(jobs):
+                yield from carry_out(model, [job], device, int(k < filmed), bar, refused)
+    else:
+        yield from jobs
+
+
 def doubt(model, job, device, bar=None):
     """Give a job its expected error and the main directions of doubt of its middle; write the map of uncertainty."""
     y, size = job.y[None].to(device), job.picture.shape[:2]
     noise = utils.seeded_noise([job.seed(0)], device)
-    if PROBES:
-        probes = probes_of(job)
+    if probes := probes_of(job):
         error = lambda part, place: sde.expected_error(of_any_kind(model, size, place), part, job.sigma, probes, noise)[1]  # noqa: E731
         variance = utils.over_tiles(error, y, BATCH_PIXELS // 7, bar, 1 + 2 * probes, halo=32)[0].cpu()  # products take memory
-        job.error = variance.mean().item()
+        job.error = utils.visible_part(variance, job.picture.alpha).mean().item()
         write_map(job, "uncertainty", variance)
     if COMPONENTS:
         middle = utils.crop(y, 128)
@@ -439,24 +468,24 @@ def is_file(output):
 
 
 def write(job):
-    """Write what is asked for of a job, in place of no file but our own; return the paths of the denoised pictures."""
+    """Write what is asked for of a job, in place of no file but our own."""
     picture, images, draws = job.picture, {}, job.results[METHOD][0]
     save = lambda path, image: utils.write_picture(path, picture, as_array(image), job.owner)  # noqa: E731
     if is_file(OUTPUT):
-        return [save(OUTPUT, draws[0])]
+        job.written.append(save(OUTPUT, draws[0]))
+        return
     for method, (several, *_) in job.results.items():
         images |= {f"{method}_{k + 1}" if len(several) > 1 else method: image for k, image in enumerate(several)}
     if (DRAWS or job.A) and len(draws) > 1:
         images["mean"] = draws.mean(0)
         write_map(job, "spread", draws.var(0))
-    paths = [save(job.path(f"_{kind}{picture.suffix}"), image) for kind, image in images.items()]
+    job.written = [save(job.path(f"_{kind}{picture.suffix}"), image) for kind, image in images.items()] + job.written
     if len(job.components):
         path = job.path("_components.png")
         utils.save_components(path, utils.crop(job.results["mmse"][0][0], 128), *job.components)
-        utils.remember(path, job.owner)
+        job.wrote(path)
     if job.frames:
         write_frames(job)
-    return paths
 
 
 def write_map(job, kind, variance):
@@ -464,7 +493,7 @@ def write_map(job, kind, variance):
     if not is_file(OUTPUT):
         utils.save_map(job.path(f"_{kind}"), variance, f"{kind} of {job.name}: standard deviation of a pixel")
         for suffix in (".npy", ".png"):
-            utils.remember(job.path(f"_{kind}{suffix}"), job.owner)
+            job.wrote(job.path(f"_{kind}{suffix}"))
 
 
 def as_array(x):
@@ -486,7 +515,7 @@ def write_frames(job):
                 rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
     utils.save_csv(job.path(f"_{METHOD}.csv"), rows)
     for ending in [".csv"] + ["_frames"] * SAVE_FRAMES:
-        utils.remember(job.path(f"_{METHOD}{ending}"), job.owner)
+        job.wrote(job.path(f"_{METHOD}{ending}"))
 
 
 def caption(image, x0):
@@ -522,6 +551,15 @@ def show(jobs, path):
     utils.save_animation(path.with_suffix(".gif"), [job.frames for job in jobs])
 
 
+def check_output(jobs):
+    """Raise ValueError unless OUTPUT is a file for what comes of one job."""
+    utils.check(len(jobs) < 2, "OUTPUT", OUTPUT, "must be a folder for more than one picture")
+    for job in jobs:
+        mine = not Path(OUTPUT).exists() or utils.is_result(OUTPUT, job.owner)
+        utils.check(mine, "OUTPUT", OUTPUT, "must be a file that is not there or that the same command wrote")
+        utils.check_suffix(OUTPUT, job.picture)
+
+
 def observed_by():
     given = {"--mask": MASK != "none", "--blur": BLUR > 0, "--enlarge": ENLARGE > 1}
     return [option for option, asked in given.items() if asked]
@@ -531,6 +569,7 @@ def check_constants(model):
     for name in ("COUNT", "ENLARGE", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "BATCH_PIXELS"):
         value = globals()[name]
         utils.check(0 < value < math.inf, name, value, "must be positive")
+    utils.check(ENLARGE <= 64, "ENLARGE", ENLARGE, "must be at most 64")
     utils.check(RHO is None or RHO >= 1, "RHO", RHO, "must be at least 1")
     utils.check(0 <= BLUR < math.inf, "BLUR", BLUR, "must be a width in pixels")
     if observed := observed_by():
@@ -539,14 +578,15 @@ def check_constants(model):
         utils.check(draws, "METHOD", METHOD, f"must be one that draws, or ode, and --components 0, with {observed[0]}")
     for name in ("SEED", "DRAW_SEED"):
         utils.check(0 <= globals()[name] < 2**32, name, globals()[name], "must be a number from 0 to 2^32 - 1")
-    for name in ("STEPS", "DRAWS"):
+    for name, least in {"STEPS": 1, "DRAWS": 1, "PROBES": 0}.items():
         value = globals()[name]
-        utils.check(value is None or (isinstance(value, int) and value >= 1), name, value, "must be a whole number from 1 on")
+        whole = value is None or (isinstance(value, int) and least <= value <= 100_000)
+        utils.check(whole, name, value, f"must be a whole number from {least} to 100,000")
     utils.check(WHITE is None or 0 < WHITE < math.inf, "WHITE", WHITE, "must be positive")
     if is_file(OUTPUT):
         many = FIGURES == "yes" or (DRAWS or 1) > 1 or COMPONENTS
         utils.check(not many, "OUTPUT", OUTPUT, "must be a folder for figures, draws and components")
-    utils.check(PROBES >= 0 and COMPONENTS >= 0, "PROBES", (PROBES, COMPONENTS), "and --components must not be negative")
+    utils.check(COMPONENTS >= 0, "COMPONENTS", COMPONENTS, "must not be negative")
     utils.check(SIGMA is None or 0 < SIGMA <= 2, "SIGMA", SIGMA, "is a standard deviation for pixels in [0, 1], as 25/255")
     utils.check(TEXTURE == 0 or 1e-6 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must be 0, or lie between 1e-6 and 1")
     utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be ve, vp or subvp")
@@ -571,33 +611,32 @@ def main():
     device = utils.pick_device(DEVICE)
     model = load_model(utils.find(CHECKPOINT), device, utils.pick_bfloat16(PRECISION, device))
     check_constants(model)
-    rows, shown, failed, count, own = [], [], [], 0, False
+    rows, shown, failed, refused, count, own = [], [], [], [], 0, False
     with tqdm(desc=METHOD, unit="px", unit_scale=True, leave=False) as bar:
-        jobs = read_jobs(model, device, bar.write, failed)
+        jobs = read_jobs(model, device, bar.write, failed, refused)
         if is_file(OUTPUT):
             jobs = list(itertools.islice(jobs, 2))
-            utils.check(len(jobs) == 1, "OUTPUT", OUTPUT, "must be a folder for more than one picture")
-            mine = not Path(OUTPUT).exists() or utils.is_result(OUTPUT, jobs[0].owner)
-            utils.check(mine, "OUTPUT", OUTPUT, "must be a file that is not there or that the same command wrote")
-            utils.check_suffix(OUTPUT, jobs[0].picture)
+            check_output(jobs)
         for batch in batches(jobs):
             asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
             filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
-            unsure = [job for k, job in enumerate(batch) if not job.A and (count + k < LISTED or job.x0 is None)]
-            bar.total = (bar.total or 0) + sum(np.multiply(work(batch[0]), (len(batch), len(unsure))))
-            for job in unsure:
-                doubt(model, job, device, bar)
-            denoise(model, batch, device, filmed, bar)
             for k, job in enumerate(batch):
-                paths = write(job)
+                job.unsure = not job.A and (count + k < LISTED or not job.picture.builtin)
+            bar.total = (bar.total or 0) + sum(np.multiply(work(batch[0]), (len(batch), sum(job.unsure for job in batch))))
+            for job in carry_out(model, batch, device, filmed, bar, refused):
                 own |= not job.picture.builtin
                 if not job.picture.builtin:
-                    bar.write(f"wrote {' '.join(map(str, paths))}")
+                    bar.write(f"wrote {' '.join(map(str, job.written))}")
                 rows, count = rows + job.rows(), count + 1
-                if k < filmed:
+                if job.frames:
                     shown.append(job)
                 else:
                     job.results.clear()  # before the next picture is read
+    if refused and not rows:
+        raise refused[0][1]
+    for picture, error in refused:
+        failed.append(picture.source)
+        print(f"'{picture.name}' is left out: {error}")
     print(utils.table((rows if own or count <= LISTED else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
     if shown:
         owner = owner_of(INPUT)

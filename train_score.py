@@ -362,6 +362,8 @@ def main():
 
     with utils.only_process(*training.files * (rank == 0)), utils.stop_signals() as stop:
         training.load()
+        words = "must name a training that all processes find: put checkpoints/ where all machines see it"
+        utils.check(not utils.differs(training.step), "NAME", NAME, words)
         say(f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {info['hardware']}")
         say(f"{len(train):,} training images, {EPOCHS} epochs of {epoch_steps} steps, from step {training.step}")
         with tqdm(total=EPOCHS * len(train), unit="img", unit_scale=True, disable=rank > 0 or None) as bar:  # on a terminal

@@ -68,9 +68,13 @@ def set_options(constants, arguments=None, positional=None):
             option["type"], option["metavar"] = kinds[type(value[0] if isinstance(value, tuple) else value)]
             option["nargs"] = "+" if isinstance(value, tuple) else None
         parser.add_argument("--" + name.replace("_", "-"), **option)
-        if name.upper() == positional:
-            parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, metavar=positional)
-    for name, value in vars(parser.parse_intermixed_args(arguments)).items():
+    if positional:
+        parser.add_argument("first", nargs="*", metavar=positional)
+    given = vars(parser.parse_intermixed_args(arguments))
+    if first := given.pop("first", None):  # and what the option names, if it does
+        more = given[positional.lower()]
+        given[positional.lower()] = first + (more if isinstance(more, list) else [])
+    for name, value in given.items():
         constants[name.upper()] = tuple(value) if isinstance(value, list) else value
 
 
@@ -96,7 +100,9 @@ def run_script(main, constants, positional=None):
     script = Path(constants["__file__"]).name
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the script may have let Ctrl-C end it while it loaded
-        sys.stdout.reconfigure(line_buffering=True)  # so that a file shows a line when it is made
+        with contextlib.suppress(AttributeError):  # a notebook's has no such thing
+            # A file then shows a line when it is made, and a name that it cannot hold is no error.
+            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         set_options(constants, positional=positional)
         main()
     except (ValueError, OSError) as error:
@@ -193,6 +199,12 @@ def any_process(condition):
     return flag.item() > 0
 
 
+def differs(number):
+    """Whether the processes have other numbers than each other; all wait here for each other."""
+    sum_over_processes(total := torch.tensor([number, 1], dtype=torch.float64))
+    return any_process(number != total[0] / total[1])
+
+
 def share(batch, rank, world):
     """Return a process's part of the tensors of a batch, and the weight of its mean in that of the batch.
 
@@ -221,6 +233,8 @@ SAMPLES = ("astronaut", "chelsea", "coffee", "motorcycle_left", "rocket")  # com
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "PPM", "JPEG2000")  # none that runs another program
 SUFFIXES = {".npy"} | {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "YCbCr": "RGB", "RGBX": "RGB"}  # read as
+os.umask(UMASK := os.umask(0o022))  # there is no other way to read it
+Image.MAX_IMAGE_PIXELS = None  # large pictures are welcome
 RESULTS = ".denoise"  # hidden list in each folder of results: a line [name, owner, mtime, size] for every file written
 
 
@@ -269,6 +283,8 @@ def read_pictures(sources, data_dir="data", white=None, notify=print, failed=Non
     for name, path in files:
         try:
             for picture in _builtin(path, data_dir) if path in ("samples", "cifar10") else _read_file(path, name, white, notify):
+                while len(os.fsencode(Path(picture.name).name)) > 180:  # file systems take 255 bytes, with what is appended
+                    picture.name = picture.name[:-1]
                 picture.name = next(n for n in _numbered(picture.name) if n.casefold() not in taken)  # a.png beside a.jpg
                 taken.add(picture.name.casefold())
                 yield picture
@@ -297,8 +313,12 @@ def _find_files(sources, notify, failed):  # -> [(name, path)], of which both ma
         elif not path.is_dir():
             files.append((path.stem, path))
         else:
-            for folder, below, names in os.walk(path, onerror=lambda error: (failed.append(error.filename), notify(str(error)))):
-                below[:] = sorted(name for name in below if name[0] != ".")
+            visited = {os.path.realpath(path)}  # a link may lead back
+            tell = lambda error: (failed.append(error.filename), notify(str(error)))  # noqa: E731
+            for folder, below, names in os.walk(path, onerror=tell, followlinks=True):
+                real = {name: os.path.realpath(Path(folder, name)) for name in sorted(below) if name[0] != "."}
+                below[:] = [name for name in real if real[name] not in visited]
+                visited |= set(real.values())
                 for found in (Path(folder, name) for name in sorted(names) if name[0] != "."):
                     if found.suffix.lower() in SUFFIXES:
                         files.append((found.relative_to(path).with_suffix("").as_posix(), found))
@@ -325,14 +345,18 @@ def _builtin(source, data_dir):
 def _read_file(path, name, white, notify):
     try:
         some = list(itertools.islice(_frames(path), 2))  # most files have one frame, and are read once; others twice
+        if not some:
+            raise ValueError("no pictures in it")
         several = len(some) > 1
         black, white, found = _value_range((p.pixels for p in (_frames(path) if several else some)), white)
-        frames = "several frames, each a picture of its own" if several and path.suffix.lower() != ".npy" else ""
+        frames = "several frames, each a picture of its own" if several else ""
         for line in (found, some[0].note, frames):
             if line:
                 notify(f"'{path}': {line}")
         for k, picture in enumerate(_frames(path) if several else some):
             number, frame = (f"_{k:05d}", f"#{k}") if several else ("", "")
+            if picture.pixels.dtype != some[0].pixels.dtype:
+                raise ValueError(f"frames of {some[0].pixels.dtype} and of {picture.pixels.dtype} values")
             yield _finished(picture, name + number, f"{path.resolve()}{frame}", black, white)
     except Exception as error:  # whatever damaged pixels, headers or tags can raise
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else (str(error).splitlines() or [""])[0]
@@ -353,7 +377,7 @@ def _frames(path):
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         with tifffile.TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if not page.is_reduced]  # no thumbnails
-            if pages[0].bitspersample > 8:
+            if max((page.bitspersample for page in pages), default=0) > 8:
                 yield from map(_deep_tiff, pages)
                 return
     with warnings.catch_warnings(action="ignore"):  # of odd tags
@@ -372,14 +396,18 @@ def _frames(path):
                 if image.format == "MPO":  # the second is a map of brightness or a preview
                     note = f"{image.n_frames} pictures, of which the first is read"
                 info = {key: frame.info[key] for key in ("icc_profile", "exif", "dpi") if frame.info.get(key)}
+                if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):
+                    del info["dpi"]
                 suffix = ".tif" if image.format == "TIFF" or mode in ("F", "CMYK") else ".png"
                 array = np.asarray(frame.convert(mode)) if deep is None else _upright(deep, orientation)
+                if image.format == "WEBP" and np.ptp(array[..., :3], axis=2).max() <= 1:  # it has no grey: rounded apart
+                    array = array[..., [1, 1, 1, 3][: array.shape[2]]]
                 yield _raw(array, mode == "CMYK", suffix=suffix, info=info, note=note)
 
 
 def _deep(path, image, head, k):
     """Return the values of a frame of which Pillow keeps 8 bits though it has more, stretched to 16; else None."""
-    if image.format == "PNG" and head[24] == 16 and head[25]:  # more than grey, of which Pillow keeps all
+    if image.format == "PNG" and head[24] == 16 and head[25] and not image.is_animated:  # of grey Pillow keeps all
         array, most = imagecodecs.png_decode(path.read_bytes()), 65535
     elif image.format == "JPEG2000" and image.mode[0] != "I" and head[(size := head.find(b"\xffO\xffQ") + 42)] & 127 > 7:
         array, most = imagecodecs.jpeg2k_decode(path.read_bytes()), 2 ** (1 + (head[size] & 127)) - 1
@@ -400,7 +428,12 @@ def _deep_tiff(page):
         what = f"{page.samplesperpixel} channels of {page.photometric.name} {page.dtype}"
         raise ValueError(f"{what}, or premultiplied alpha: save it as plain RGB first")
     array = np.moveaxis(page.asarray(), 0, -1) if page.axes == "SYX" else page.asarray()
-    array = ~array if page.photometric == 0 else array  # where 0 is white
+    if page.photometric == 0:  # 0 is white, but not transparent
+        if array.dtype.kind != "u":
+            raise ValueError(f"{array.dtype} values of which 0 is white: save it as plain grey first")
+        array = array.copy()
+        colour = array[..., 0] if page.samplesperpixel > 1 else array
+        np.subtract(2**page.bitspersample - 1, colour, out=colour, casting="unsafe")
     info = {"icc_profile": page.tags.valueof(34675)} if page.tags.valueof(34675) else {}
     return _raw(_upright(array, page.tags.valueof(274, 1)), page.photometric == 5, suffix=".tif", info=info)
 
@@ -443,8 +476,10 @@ def visible_part(y, alpha):
 
 def _value_range(arrays, white):
     """Return black and white of a file's values, and a line that says so where it is not plain."""
-    low, high, dark, bright = np.inf, -np.inf, np.inf, -np.inf
+    low, high, dark, bright, dtype = np.inf, -np.inf, np.inf, -np.inf, None
     for values in arrays:
+        if dtype is not None and values.dtype != dtype:
+            raise ValueError(f"frames of {dtype} and of {values.dtype} values")
         dtype = values.dtype
         if dtype in (np.bool_, np.uint8) or white is not None:
             return 0, {np.bool_: 1, np.uint8: 255}.get(dtype.type, white), ""
@@ -471,9 +506,8 @@ def _finished(picture, name, source, black, white):
         raise ValueError("values that are not numbers")
     if values.shape[2] == 4:
         picture.inks, pixels = values, (1 - pixels[..., :3]) * (1 - pixels[..., 3:])
-    step = 1.5 / 255 if values.dtype == np.uint8 else 0.0  # lossy WebP has no grey: its channels are rounded each for itself
-    if np.ptp(pixels, axis=2).max() <= step:
-        pixels = pixels[..., len(pixels[0, 0]) // 2, None].copy()
+    if (pixels[..., 1:] == pixels[..., :1]).all():
+        pixels = pixels[..., :1].copy()
     picture.pixels, picture.name, picture.source, picture.black, picture.white = pixels, name, source, black, white
     return picture
 
@@ -507,10 +541,12 @@ def write_picture(path, picture, pixels, owner):
         values = np.broadcast_to(pixels, (*pixels.shape[:2], channels - (alpha is not None)))
     else:
         values = _separated(pixels, (picture.inks - np.float32(black)) / np.float32(white - black))
+    exact = np.float32 if dtype.itemsize < 4 else np.float64
+    ends = (black, min(white, np.iinfo(dtype).max)) if dtype.kind in "iu" else ()
     scaled = np.empty(values.shape, dtype)
     for rows in (slice(k, k + 256) for k in range(0, len(values), 256)):  # a large picture is large in floats
-        part = values[rows] * np.float32(white - black) + np.float32(black)
-        scaled[rows] = np.rint(part).clip(black, white) if dtype.kind in "iu" else part
+        part = values[rows] * exact(white - black) + exact(black)
+        scaled[rows] = np.rint(part).clip(*ends) if dtype.kind in "iu" else part
     values = scaled
     if alpha is not None:
         values = np.concatenate([values, alpha[..., None].astype(dtype)], axis=2)
@@ -526,7 +562,7 @@ def write_picture(path, picture, pixels, owner):
         elif dtype == np.uint16:
             _write_png16(temporary, values, picture.info)
         else:
-            subsampling = {"subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
+            subsampling = {"subsampling": 0} if suffix in (".jpg", ".jpeg", ".jpe", ".jfif") else {}
             Image.fromarray(values).save(temporary, quality=95, **subsampling, **picture.info)
     remember(path, owner)
     return path
@@ -801,7 +837,8 @@ def replacing(path):
     """Yield a temporary path beside `path`, and move it into place only if the block ends without an exception."""
     with beside(path) as temporary:
         yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        with contextlib.suppress(OSError):  # of a disk that knows no owners
+            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
 
 
@@ -817,8 +854,10 @@ def only_process(*paths):
                 if path.exists() and not path.is_file():
                     raise OSError("it is not a file")
         if paths:
-            import fcntl  # here, since Windows has none, and only training needs it
-
+            try:
+                import fcntl
+            except ImportError:
+                raise OSError("training needs file locks, which Windows lacks: train under Linux or macOS, or in WSL") from None
             lock = held.enter_context(open(paths[0].parent / f".{paths[0].stem}.lock", "w", encoding="utf-8"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while the process lives
@@ -865,7 +904,7 @@ def save_curves(path, losses, psnrs, images_at):
 
 def save_figure(path, figure):
     """Write a matplotlib figure, whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
         figure.savefig(temporary, dpi=100, pil_kwargs={"quality": 85, "subsampling": 0} if Path(path).suffix == ".jpg" else {})
 
 
@@ -1006,7 +1045,7 @@ def save_map(path, variance, title):
     axes = figure.subplots()
     heatmap = axes.imshow(image, cmap="magma", vmin=0, vmax=np.quantile(image, 0.99), interpolation="nearest")
     figure.colorbar(heatmap, shrink=0.8)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title.encode("utf-8", "replace").decode(), fontsize=9, parse_math=False)  # with the name of somebody's file
     axes.set_axis_off()
     save_figure(f"{path}.png", figure)
 

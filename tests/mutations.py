@@ -35,6 +35,7 @@ groups = {
 }
 listed = """
 train_score.py
+    processes at different steps ¦ not utils.differs(training.step) ¦ True ¦ scripts: processes_that_found
     last weights kept ¦ "weights": self.averaged.state_dict() ¦ "weights": self.model.state_dict() ¦ training
     levels from the lowest slice ¦ u = (torch.arange(len(x0), device=x0.device) + torch.rand ¦ u = (0 + torch.rand ¦ training
     noise ignores seed ¦ torch.randn(x0.shape, device=x0.device, generator=rng) ¦ torch.randn(x0.shape, device=x0.device, generator=generator(0, 2, step, x0.device)) ¦ training
@@ -82,6 +83,8 @@ model.py
     not finite weights pass ¦         if not value.isfinite().all(): ¦         if False: ¦ model: none_of_ours
     network left in training mode ¦ return model.eval().requires_grad_(False) ¦ return model.requires_grad_(False) ¦ model: bit_for_bit
 denoise.py
+    a transparent layer masks all ¦  & (mask.alpha is None or mask.alpha > 0) ¦  ¦ scripts: opaque
+    one picture stops those beside it ¦ if len(jobs) == 1: ¦ if jobs: ¦ scripts: cannot_be_denoised
     added noise ignores seed ¦ default_rng(SEED) ¦ default_rng(0) ¦ denoising
     draw ignores draw-seed ¦ f"{DRAW_SEED} {draw}" ¦ f"{draw}" ¦ denoising
     draw ignores pixels ¦ zlib.crc32(channel.contiguous().numpy(), crc) ¦ 0 ¦ denoising
@@ -99,15 +102,17 @@ denoise.py
     levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ denoising
     own picture cut, not enlarged ¦ n // ENLARGE * ENLARGE if made else n * ENLARGE ¦ n // ENLARGE * ENLARGE ¦ denoising
 utils.py
+    white above the type wraps ¦ min(white, np.iinfo(dtype).max) ¦ white ¦ pictures: white
+    large whole numbers in float32 ¦ np.float32 if dtype.itemsize < 4 else np.float64 ¦ np.float32 ¦ pictures: white
     SIGINT not handled ¦ for number in (signal.SIGINT, signal.SIGTERM) ¦ for number in (signal.SIGTERM,) ¦ utils: signal
-    grey that lost a step is colour ¦ 1.5 / 255 if values.dtype == np.uint8 ¦ 0.0 if values.dtype == np.uint8 ¦ pictures: kind
-    all that is nearly grey is grey ¦ 1.5 / 255 if values.dtype == np.uint8 else 0.0 ¦ 1.5 / 255 ¦ pictures: nearly
+    grey that lost a step is colour ¦ axis=2).max() <= 1 ¦ axis=2).max() <= 0 ¦ pictures: kind
+    all that is nearly grey is grey ¦ image.format == "WEBP" and ¦ mode == "RGB" and ¦ pictures: nearly
     ssim window ¦ "sigma": 1.5 ¦ "sigma": 3.0 ¦ utils: ssim
     ssim without Gaussian weights ¦ "gaussian_weights": True ¦ "gaussian_weights": False ¦ utils: ssim
     tiles off the grid ¦ // 32 * 32 if height ¦ if height ¦ utils scripts: tiles or large_picture
     shares weigh alike ¦ len(range(rank, count, world)) / count ¦ 1 / world ¦ training
     psnr not clipped ¦ images.clamp(0, 1).double() - x0 ¦ images.double() - x0 ¦ utils: psnr
-    readable by the owner alone ¦         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read⏎ ¦  ¦ utils pictures
+    readable by the owner alone ¦             os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read⏎ ¦             pass⏎ ¦ utils pictures
     halo forgotten ¦ slice(max(start - halo, 0), min(start + size + halo, n)) ¦ slice(start, min(start + size, n)) ¦ utils scripts: tiles or large_picture
     the lock is shared ¦ fcntl.LOCK_EX |  ¦ fcntl.LOCK_SH |  ¦ utils: process
     each image the same noise ¦ rng = np.random.default_rng(seed)⏎    return ¦ return ¦ utils: noise

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 import denoise
 import utils
@@ -305,10 +305,37 @@ def test_grey_in_four_inks_is_grey(tmp_path):
     assert np.array_equal(stored(utils.write_picture(tmp_path / "b.tif", picture, picture.pixels, "me")), inks)
 
 
-def test_nearly_grey_floats_keep_their_colours(tmp_path):
-    nearly = np.dstack([FLOAT[:, :, 0]] * 3) + np.float32([0, 0, 1e-3])
-    (picture,), _ = read(npy(nearly)(tmp_path))
-    assert np.array_equal(picture.pixels, nearly)
+def test_a_nearly_grey_png_keeps_its_colours(tmp_path):
+    nearly = LOSSY // 2 + np.uint8([0, 0, 1])
+    (picture,), _ = read(pillow("a.png", nearly)(tmp_path))
+    assert np.array_equal(np.rint(picture.pixels * 255), nearly)
+
+
+@pytest.mark.parametrize("pages", [(scene(), DEEP), (DEEP, scene())])
+def test_pages_of_two_types_are_told(tmp_path, pages):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for page in pages:
+            file.write(page, photometric="rgb")
+    pillow("b.png", scene())(tmp_path)
+    found, said = read(tmp_path)
+    assert f"frames of {pages[0].dtype} and of {pages[1].dtype} values" in said[-1]
+    assert all(picture.white == 255 for picture in found) and found[-1].name == "b"  # none is read by the other's range
+
+
+@pytest.mark.parametrize("most, white", [(2**32 - 1, None), (2**31 - 1, None), (65535, 70000.0)])
+def test_white_stays_white(tmp_path, most, white):
+    dtype = {2**32 - 1: np.uint32, 2**31 - 1: np.int32, 65535: np.uint16}[most]
+    (picture,), _ = read(tiff(grey(high=most, dtype=dtype))(tmp_path), white=white)
+    written = stored(utils.write_picture(tmp_path / "b.tif", picture, picture.pixels + 1, "me"))
+    assert (written == most).all()
+
+
+def test_where_zero_is_white_alpha_is_not(tmp_path):
+    array = alpha(1, np.uint16) // 16  # of 12 bits
+    (picture,), _ = read(tiff(array, photometric="miniswhite", extrasamples=["unassalpha"])(tmp_path))
+    assert np.array_equal(picture.alpha, array[..., 1])
+    colour = np.rint(picture.pixels[..., 0] * picture.white)
+    assert np.array_equal(colour[:, 7:], 65535 - array[:, 7:, 0].astype(float))
 
 
 def test_channels_that_may_be_no_colours_are_refused(tmp_path):
@@ -319,6 +346,20 @@ def test_channels_that_may_be_no_colours_are_refused(tmp_path):
 def test_two_channels_are_grey_and_alpha(tmp_path):
     (picture,), _ = read(npy(alpha(1))(tmp_path))
     assert picture.pixels.shape == (HEIGHT, WIDTH, 1) and np.array_equal(picture.alpha, alpha(1)[..., 1])
+
+
+@pytest.mark.parametrize("dots, kept", [(300, (300, 300)), (2**32 - 1, None)])
+def test_an_absurd_resolution_is_dropped(tmp_path, dots, kept):
+    exif = Image.Exif()
+    exif[0x011A], exif[0x0128] = TiffImagePlugin.IFDRational(dots, 1), 2  # dots, per inch
+    (picture,), _ = read(pillow("a.jpg", scene(), exif=exif)(tmp_path))
+    assert picture.info.get("dpi") == kept
+    assert Image.open(utils.write_picture(tmp_path / "b.png", picture, picture.pixels, "me")).size == (WIDTH, HEIGHT)
+
+
+def test_an_empty_stack_holds_no_picture(tmp_path):
+    with pytest.raises(ValueError, match="no pictures in it"):
+        read(npy(np.zeros((0, 8, 8, 3), np.uint8))(tmp_path))
 
 
 def test_a_missing_number_is_an_error_with_white(tmp_path):
@@ -376,7 +417,7 @@ def test_stacks_share_one_range(tmp_path):
     np.save(tmp_path / "b.npy", stack[..., 0])  # greys
     tifffile.imwrite(tmp_path / "c.tif", stack, photometric="rgb")
     found, said = read(tmp_path)
-    assert [p.name for p in found] == [f"{name}_0000{k}" for name in "abc" for k in (0, 1)] and len(said) == 4
+    assert [p.name for p in found] == [f"{name}_0000{k}" for name in "abc" for k in (0, 1)] and len(said) == 6
     for k, picture in enumerate(found):
         assert picture.white == 4095 and picture.pixels.shape[2] == (1 if picture.name[0] == "b" else 3)
         np.testing.assert_allclose(picture.pixels, stack[k % 2, ..., : picture.pixels.shape[2]] / 4095, atol=1e-6)

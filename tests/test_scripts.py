@@ -8,6 +8,7 @@ import io
 import math
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -240,8 +241,8 @@ TWO = (
 )
 
 
-def torchrun(folder, line):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "train_score.py"]
+def torchrun(folder, line, script=ROOT / "train_score.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     return subprocess.Popen([*command, *line.split()], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -267,6 +268,18 @@ def far_apart(*folders):
     apart, moved = (sum((first["model"][k] - other[k]).square().sum() for k in start) for other in (second["model"], start))
     assert first["step"] == second["step"] >= 20 and moved > 0
     return (apart / moved).sqrt().item()
+
+
+def test_processes_that_found_another_training_stop(patches, tmp_path):
+    # Two machines without a common disk: only the first has what was saved.
+    line = f"--data {patches} {TWO} --optimizer adam"
+    run(tmp_path, "train_score.py", f"{line} --epochs 1")
+    (tmp_path / "elsewhere").mkdir()
+    script, command = tmp_path / "second.py", [sys.executable, str(ROOT / "train_score.py"), *line.split(), "--epochs", "2"]
+    go = "if os.environ['RANK'] == '1':\n    os.chdir('elsewhere')\n"
+    script.write_text(f"import os\n{go}os.execv({command[0]!r}, {command})\n")
+    out, err = torchrun(tmp_path, "", script).communicate(timeout=240)
+    assert "--name must name a training that all processes find" in err, out + err
 
 
 def test_a_signal_to_one_process_stops_both(patches, tmp_path):
@@ -554,7 +567,7 @@ def seeded(y):
 
 
 def read_jobs(model):
-    return list(denoise.read_jobs(model, "cpu", print, []))
+    return list(denoise.read_jobs(model, "cpu", print, [], []))
 
 
 LEVELS = sde.noise_levels(0.1, 0.01, 4)
@@ -656,7 +669,10 @@ def test_a_white_priors_doubt_is_its_posterior_variance(monkeypatch):
     monkeypatch.setattr(denoise, "METHOD", "mmse")
     monkeypatch.setattr(denoise, "COMPONENTS", 2)
     model, y, variance = ScoreModel("unet", 0.01, 1.0, (32,), (1,)), torch.rand(3, 20, 30), 0.25**2 * 0.1**2 / (0.25**2 + 0.1**2)
-    job, maps = denoise.Job(mock.Mock(shape=(20, 30, 3)), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]}), {}
+    job, maps = (
+        denoise.Job(mock.Mock(shape=(20, 30, 3), alpha=None), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]}),
+        {},
+    )
     monkeypatch.setattr(denoise, "write_map", lambda job, kind, variance: maps.update({kind: variance}))
     denoise.doubt(model, job, "cpu")
     torch.testing.assert_close(maps["uncertainty"], torch.full_like(y, variance))
@@ -777,6 +793,47 @@ def test_a_picture_that_fits_no_option_is_left_out(trained, tmp_path):
     assert "'small' is left out: --blur must be narrow" in out and (tmp_path / "output" / "large_sde.npy").exists()
 
 
+def test_a_picture_that_cannot_be_denoised_is_left_out(trained, tmp_path):
+    # One value in a thousand is far beyond the range that the others show; --blur cannot be undone there.
+    for name, value in (("a", 0.5), ("hot", 1e4), ("z", 0.5)):
+        patch = np.load(trained / "patches.npy")[0] / np.float32(255)
+        patch[16, 16] = value
+        np.save(tmp_path / f"{name}.npy", patch)
+    line = f"--blur 1 --white 1 --steps 2 --draws 1 --checkpoint {trained / 'checkpoints' / 'score.pt'} --device cpu"
+    out, _ = run(tmp_path, "denoise.py", f"a.npy hot.npy z.npy {line}", code=1)
+    assert "'hot' is left out: at noise level" in out and out.count("wrote ") == 2 and "mean of 2" in out
+    _, err = run(tmp_path, "denoise.py", f"hot.npy {line}", code=2)
+    assert "error: at noise level" in err.splitlines()[-1]
+
+
+def test_no_name_is_too_odd(trained, tmp_path):
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    (tmp_path / "in" / "below" / "loop").symlink_to("..")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "link").symlink_to("../elsewhere")
+    names = ["in/a$5_2_3$", "in/$x^$", "in/" + 80 * "\N{CJK UNIFIED IDEOGRAPH-65E5}", os.fsdecode(b"in/caf\xe9"), "elsewhere/b"]
+    for name in names:
+        with open(tmp_path / f"{name}.npy", "wb") as file:
+            np.save(file, np.load(trained / "patches.npy")[0])
+    out, _ = run(
+        tmp_path, "denoise.py", f"in --sigma 0.1 --steps 2 --checkpoint {trained / 'checkpoints' / 'score.pt'} --device cpu"
+    )
+    assert out.count("wrote ") == 5 and "left out" not in out
+    assert (
+        len(list((tmp_path / "output").rglob("*_uncertainty.png"))) == 5 and (tmp_path / "output" / "link" / "b_sde.npy").exists()
+    )
+
+
+def test_all_that_is_written_is_named(trained, tmp_path):
+    np.save(tmp_path / "a.npy", np.load(trained / "patches.npy")[0])
+    line = (
+        f"a.npy --sigma 0.1 --steps 2 --draws 2 --components 1 --checkpoint {trained / 'checkpoints' / 'score.pt'} --figures yes"
+    )
+    out, _ = run(tmp_path, "denoise.py", f"{line} --device cpu")
+    named = {Path(path).name for path in re.findall(r"output/[\w.]+", out)}
+    assert named == {path.name for path in (tmp_path / "output").iterdir() if path.name[0] != "."}
+
+
 def test_a_draw_does_not_depend_on_its_neighbours(trained, tmp_path):
     common = f"--checkpoint {trained / 'checkpoints' / 'score.pt'} --sigma 0.1 --steps 3 --device cpu --draws 2"
     patches = np.load(trained / "patches.npy")[:4]
@@ -799,6 +856,19 @@ SEEN = {  # what is done to a picture, by other means than the script's
     "--blur 0.8": lambda x: ndimage.gaussian_filter(x, (0, 0.8, 0.8), mode="mirror"),
     "--enlarge 2": lambda x: x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2).mean((2, 4)),
 }
+
+
+def test_only_opaque_white_is_missing(tmp_path):
+    layer = np.full((16, 20, 4), 255, np.uint8)  # white paint on a transparent layer
+    layer[..., 3] = 255 * HALF
+    Image.fromarray(layer).save(tmp_path / "layer.png")
+    np.save(tmp_path / "label.npy", np.uint8(HALF))  # 0 and 1 of 255
+    for name in ("layer.png", "label.npy"):
+        assert np.array_equal(denoise.read_mask(str(tmp_path / name)), HALF)
+    for value in (0, 255):
+        np.save(tmp_path / f"{value}.npy", np.full((16, 20), value, np.uint8))
+        with pytest.raises(ValueError, match="--mask must be white where"):
+            denoise.read_mask(str(tmp_path / f"{value}.npy"))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -884,7 +954,8 @@ def test_a_gradient_through_tiles_is_that_of_the_whole(trained):
         ("--blur 3 --input small.npy", ["--blur", "narrow"]),
         ("--blur -1", ["--blur"]),
         ("--enlarge 0", ["--enlarge"]),
-        ("--enlarge 200", ["--enlarge", "sides"]),
+        ("--enlarge 64 --add-noise --input small.npy", ["--enlarge", "sides"]),
+        ("--enlarge 200", ["--enlarge", "64"]),
         ("--enlarge 2 --method mmse", ["--method", "--enlarge"]),
         ("--enlarge 2 --components 2", ["--components"]),
         ("--checkpoint nowhere.pt", ["nowhere.pt"]),
@@ -927,7 +998,7 @@ def test_denoising_refuses_bad_input_in_one_line(trained, tmp_path, refuses, lin
     (tmp_path / "damaged.pt").write_bytes((trained / "checkpoints" / "score.pt").read_bytes()[:1000])
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty").mkdir()
-    Image.new("L", (9, 8)).save(tmp_path / "small.png")
+    Image.fromarray(np.uint8(255 * HALF[:8, :9])).save(tmp_path / "small.png")
     np.save(tmp_path / "small.npy", np.zeros((8, 8), np.uint8))
     refuses(tmp_path, "denoise.py", line, *words)
 

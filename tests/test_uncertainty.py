@@ -268,8 +268,17 @@ def test_noise_that_varies_is_told():
     x0 = torch.full((1, 3, 192, 192), 0.5, dtype=torch.float64)
     x0[:, :, :70, :70] = 1.0  # a white sky, where clipping leaves nothing to judge by
     y = (x0 + scale * normal(1, 3, 192, 192)).clamp(0, 1)
-    said = denoise.remarks(known(denoise.spread_tiles(x0)), denoise.spread_tiles(y), 0.1, 0.005, denoise.unclipped)
+    said = denoise.remarks(known(denoise.spread_tiles(x0)), denoise.spread_tiles(y), 0.1, 0.005, 2.0, denoise.unclipped)
     assert "not the same everywhere" in said and "left" in said and "right" in said
+
+
+@pytest.mark.parametrize(
+    "low, high, words", [(0.09, 1, "nothing"), (0.01, 0.1, "give --sigma"), (0.1, 0.1, "only"), (0.01, 1, "")]
+)
+def test_a_level_at_an_end_of_the_range_is_told(low, high, words):
+    x0 = torch.full((1, 3, 64, 64), 0.5, dtype=torch.float64)
+    sigma, note = denoise.picture_level(known(x0), x0 + 0.12 * normal(1, 3, 64, 64), low if words != "nothing" else 0.119, high)
+    assert low <= sigma <= high and words in note and bool(words) == bool(note)
 
 
 @pytest.mark.parametrize("clipped", [True, False])
