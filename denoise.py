@@ -110,11 +110,11 @@ class Job:
     sigma: float  # the noise level of y
     levels: torch.Tensor  # falling noise levels, from where the sampler starts
     A: Callable | None = None  # (B, C, H, W) -> (B, C, h, w), of which y is the noisy result, if y is not the picture itself
+    unsure: bool = False  # whether to tell its uncertainty
     results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W), network calls, seconds]
     error: float | None = None  # expected squared error of the one-step estimate: the mean variance of a value of x0 given y
     components: tuple = ()  # main directions of doubt: standard deviations (K,) and directions (K, C, H, W)
     frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
-    unsure: bool = False  # whether its uncertainty is to be told
     written: list = field(default_factory=list)  # paths of all that was
 
     def seed(self, draw):
@@ -304,12 +304,12 @@ def read_jobs(model, device, notify, failed, refused):
                 notify(f"the first {COUNT} pictures are taken: --count gives another number")
             break
         try:
-            yield make_job(picture, model, device, rng, notify)
+            yield make_job(picture, model, device, rng, notify, k < LISTED or not picture.builtin)
         except ValueError as error:
             refused.append((picture, error))
 
 
-def make_job(picture, model, device, rng, notify):
+def make_job(picture, model, device, rng, notify, listed):
     """Return the job of a picture, with its noise level: the one added, the one given, or an estimate. Raises ValueError."""
     made, y, x0 = ADD_NOISE or picture.builtin, torch.from_numpy(picture.pixels).permute(2, 0, 1), None
     height, width = (n // ENLARGE * ENLARGE if made else n * ENLARGE for n in y.shape[1:])
@@ -336,7 +336,7 @@ def make_job(picture, model, device, rng, notify):
     steps = 1 if least == 1 else STEPS or (max(30, least) if A else least)
     start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
     levels = sde.noise_levels(start, start * (low / start) ** TEXTURE, steps, RHO or rho)
-    return Job(picture, y, x0, sigma, levels, A)
+    return Job(picture, y, x0, sigma, levels, A, listed and not A)
 
 
 # -----------------------------------------------------------------------------
@@ -620,8 +620,6 @@ def main():
         for batch in batches(jobs):
             asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
             filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
-            for k, job in enumerate(batch):
-                job.unsure = not job.A and (count + k < LISTED or not job.picture.builtin)
             bar.total = (bar.total or 0) + sum(np.multiply(work(batch[0]), (len(batch), sum(job.unsure for job in batch))))
             for job in carry_out(model, batch, device, filmed, bar, refused):
                 own |= not job.picture.builtin

@@ -1,7 +1,6 @@
 """What the tables of pictures are made of: noise levels found, lossy files, grey pictures, errors expected without the truth."""
 
 import functools
-import importlib.util
 import io
 import itertools
 
@@ -25,9 +24,8 @@ CODECS = {
 CLASSICAL = {  # of grey pictures, each with the strengths to choose the best from, as multiples of sigma
     "non-local means": (lambda y, s, k: denoise_nl_means(y, 5, 6, h=k * s, sigma=s, fast_mode=True), (0.4, 0.6, 0.8, 1.0)),
     "total variation": (lambda y, s, k: denoise_tv_chambolle(y, k * s), (0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2)),
+    "wavelets": (lambda y, s, k: denoise_wavelet(y, sigma=k * s, rescale_sigma=False), (0.7, 0.85, 1.0, 1.2)),
 }
-if importlib.util.find_spec("pywt"):  # pip install PyWavelets adds a column
-    CLASSICAL["wavelets"] = (lambda y, s, k: denoise_wavelet(y, sigma=k * s, rescale_sigma=False), (0.7, 0.85, 1.0, 1.2))
 
 
 def photographs(size, device="cpu"):

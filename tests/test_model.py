@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import sde
 import train_score
 from model import CNN3, NoiseEmbedding, ResidualBlock, ScoreModel, WindowAttention, load_checkpoint, load_model
 from train_score import HiddenMuon, denoising_loss, make_optimizers, noise_law, typical_error
@@ -377,6 +378,12 @@ def test_the_shipped_network_says_how_good_it_is():
         assert model.info["test_psnr"][sigma] > floor
     for sigma, floor in ((0.05, 32.0), (0.1, 30.6), (0.2, 25.0)):  # on photographs, not thumbnails of CIFAR-10
         assert one_step_psnr(model, sigma) > floor
+
+
+def test_the_shipped_network_finds_the_noise_level():
+    model, x0 = load_model("checkpoints/score_cifar10.pt"), read_patches("samples")[::60] / 255
+    y = x0 + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    assert (sde.estimate_sigma(model, y, model.sigma_min, 1.0) / 0.1 - 1).abs().max() < 0.08
 
 
 def test_the_shipped_recipe_denoises_at_its_level():
