@@ -233,8 +233,9 @@ class Training:
 
     def mean_loss(self):
         """Return the mean loss since the last one logged; raises ValueError where it, or a weight, shows a divergence."""
-        loss = self.loss_sum.item() / max(1, self.step - (self.losses[-1][0] if self.losses else 0))
-        lowest = min((value for _, value in self.losses), default=math.inf)
+        steps = self.step - (self.losses[-1][0] if self.losses else 0)
+        loss, few = self.loss_sum.item() / max(1, steps), steps * self.batch_size < 32  # of which one may weigh a hundred times
+        lowest = math.inf if few else min((value for _, value in self.losses), default=math.inf)
         if not (math.isfinite(loss) and loss <= 10 * lowest and all(p.isfinite().all() for p in self.model.parameters())):
             what = f"a loss of {loss:.3g} after one of {lowest:.3g}, or a weight that is not finite"
             raise ValueError(f"the training diverged before step {self.step}: {what}; what was saved is kept, lower --lr")
