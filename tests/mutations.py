@@ -99,7 +99,7 @@ denoise.py
     texture taken for noise ¦ coarse if fine < 0.05 and coarse > 2 * fine else fine ¦ max(fine, coarse) ¦ uncertainty
     mask inverted ¦ from_numpy(~missing) ¦ from_numpy(missing) ¦ denoising
     observation from the noisy start ¦ + jobs[0].levels[0] * noise(part) if A else part ¦ + 0.5 * noise(part) if A else part ¦ denoising
-    levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ denoising
+    levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ scripts: wholly_seen
     own picture cut, not enlarged ¦ n // ENLARGE * ENLARGE if made else n * ENLARGE ¦ n // ENLARGE * ENLARGE ¦ denoising
 utils.py
     white above the type wraps ¦ min(white, np.iinfo(dtype).max) ¦ white ¦ pictures: white

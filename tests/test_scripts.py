@@ -691,6 +691,14 @@ def test_levels_follow_texture_and_rho(trained, monkeypatch):
         torch.testing.assert_close(job.levels, sde.noise_levels(0.2, (0.2 * 0.01) ** 0.5, 6, 3.0))
 
 
+def test_what_is_not_wholly_seen_starts_from_the_top(trained, monkeypatch):
+    for name, value in {"MASK": "0.5", "COUNT": 1}.items():
+        monkeypatch.setattr(denoise, name, value)
+    (job,) = read_jobs(load_model(trained / "checkpoints" / "score.pt"))
+    torch.testing.assert_close(job.levels, sde.noise_levels(1.0, 0.01, 30, math.inf))
+    assert job.sigma == 0.02
+
+
 def test_a_picture_in_tiles_is_the_picture_whole(trained):
     model = load_model(trained / "checkpoints" / "score.pt")
     rng = torch.Generator().manual_seed(0)
