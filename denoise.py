@@ -306,7 +306,7 @@ def read_jobs(model, device, notify, failed, refused):
         try:
             yield make_job(picture, model, device, rng, notify, k < LISTED or not picture.builtin)
         except ValueError as error:
-            refused.append((picture, error))
+            refused.append((picture.name, picture.source, str(error)))  # not the picture, which may be large
 
 
 def make_job(picture, model, device, rng, notify, listed):
@@ -430,7 +430,7 @@ def carry_out(model, jobs, device, filmed, bar, refused):
         for job in jobs:
             job.results.clear(), job.written.clear()
         if len(jobs) == 1:
-            refused.append((jobs[0].picture, error))
+            refused.append((jobs[0].picture.name, jobs[0].picture.source, str(error)))
         else:  # because of one of them
             for k, job in enumerate(jobs):
                 yield from carry_out(model, [job], device, int(k < filmed), bar, refused)
@@ -631,10 +631,10 @@ def main():
                 else:
                     job.results.clear()  # before the next picture is read
     if refused and not rows:
-        raise refused[0][1]
-    for picture, error in refused:
-        failed.append(picture.source)
-        print(f"'{picture.name}' is left out: {error}")
+        raise ValueError(refused[0][2])
+    for name, source, error in refused:
+        failed.append(source)
+        print(f"'{name}' is left out: {error}")
     print(utils.table((rows if own or count <= LISTED else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
     if shown:
         owner = owner_of(INPUT)
