@@ -389,6 +389,7 @@ def main():
             if rank == 0:
                 training.save(info)
                 training.plot()
+    utils.leave_processes()
     if training.step < steps:
         say(f"stopped after step {training.step} of {steps}, saved in '{training.resume}': run the same command to go on")
         sys.exit(130)

@@ -180,6 +180,12 @@ def join_processes():
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave_processes():
+    """End what join_processes began: a process that keeps its threads of communication to the end now and then aborts."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @torch.no_grad()
 def sum_over_processes(*tensors):
     """Replace tensors of one device by their sums over all processes; raises OSError where one of these has ended."""

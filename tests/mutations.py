@@ -36,6 +36,7 @@ groups = {
 listed = """
 train_score.py
     processes at different steps ¦ not utils.differs(training.step) ¦ True ¦ scripts: processes_that_found
+    threads of communication kept to the end ¦ utils.leave_processes() ¦ pass ¦ scripts: has_left
     last weights kept ¦ "weights": self.averaged.state_dict() ¦ "weights": self.model.state_dict() ¦ training
     levels from the lowest slice ¦ u = (torch.arange(len(x0), device=x0.device) + torch.rand ¦ u = (0 + torch.rand ¦ training
     noise ignores seed ¦ torch.randn(x0.shape, device=x0.device, generator=rng) ¦ torch.randn(x0.shape, device=x0.device, generator=generator(0, 2, step, x0.device)) ¦ training

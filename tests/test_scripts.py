@@ -13,6 +13,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -246,7 +247,7 @@ def torchrun(folder, line, script=ROOT / "train_score.py"):
     return subprocess.Popen([*command, *line.split()], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_two_processes_equal_one_that_goes_on(patches, tmp_path, stopping):
+def test_two_processes_equal_one_that_goes_on(patches, tmp_path):
     # 26 images in batches of 5, so of 3 and 2 to a process, and one image in the last.
     # Adam, since Muon's own arithmetic is in bfloat16, and tells roundings apart by 1e-2.
     line = f"--data {patches} {TWO} --optimizer adam --epochs 4"
@@ -291,6 +292,20 @@ def test_a_signal_to_one_process_stops_both(patches, tmp_path):
     os.kill(children[-1], signal.SIGTERM)
     out, err = process.communicate(timeout=240)
     assert "stopped after step" in out and load_checkpoint(resume)["step"] > 0, out + err
+
+
+def test_a_process_that_has_ended_has_left_the_others(patches, tmp_path, monkeypatch):
+    # Otherwise its threads of communication abort it, now and then, when all is done.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    joined = []
+    monkeypatch.setattr(utils, "join_processes", lambda join=utils.join_processes: joined.append(join()) or joined[0])
+    run(tmp_path, "train_score.py", f"--data {patches} {SMALL} --epochs 1")
+    assert joined == [(0, 1)] and not torch.distributed.is_initialized()
 
 
 def test_shares_weigh_as_much_as_they_hold():
