@@ -55,7 +55,7 @@ STEP_SIZES = (1e-4, 5e-4, 2e-3)  # of the Langevin runs in the figure; the first
 STEPS = 20  # network calls of the reverse SDE and of the probability-flow ODE
 SEED = 0  # of the noise (numpy's default_rng) and, plus the image's number, of the draws
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
-PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
+PRECISION = "auto"  # of the network: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 BATCH = 200  # images that go through a network together
 SECONDS = 5.0  # for which work is repeated, at least, where its speed is measured
 # -----------------------------------------------------------------------------

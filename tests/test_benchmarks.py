@@ -42,6 +42,19 @@ def test_exact_draws_pass_their_certification():
     assert narrow["error of a draw"] < 1.9 and narrow["in 90%"] < 0.89
 
 
+def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should():
+    # As above, in the middle of the way, where x_s given y is Gaussian, too. The truth itself has another law.
+    c, sigma, s, shape = 0.3, 0.2, 0.14, (40, 3, 16, 16)
+    x0 = 0.5 + c * normal(*shape, seed=0)
+    y = x0 + sigma * normal(*shape, seed=1)
+    share = (c**2 + s**2) / (c**2 + sigma**2)
+    states = 0.5 + share * (y - 0.5) + math.sqrt(share * (sigma**2 - s**2)) * normal(19, *shape, seed=2)
+    pixels = x0.numel()
+    for size, error in ((0.5, 0.5), (0.9, 0.3)):
+        held = certify.coverage(states, certify.state_of(x0, y, sigma, s, 3), size)
+        assert abs(held - size) < 4 * error / math.sqrt(pixels) < abs(certify.coverage(states, x0, size) - size)
+
+
 def test_the_ratios_standard_error_is_that_of_repetitions():
     a, b = 1 + 0.1 * normal(2000, 50, seed=3), 2 + 0.1 * normal(2000, 50, seed=4)
     values, errors = zip(*(certify.ratio(x, y) for x, y in zip(a, b)))
