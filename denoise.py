@@ -64,7 +64,7 @@ COMPONENTS = 0  # main directions of doubt to show, of the middle 128 x 128 pixe
 SEED = 0  # of the noise that is added
 DRAW_SEED = 0  # of the draws, with the noisy picture itself: the same picture gets the same draws in any company
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
-PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
+PRECISION = "auto"  # of the network: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small pictures, or a tile of a large one
 FIGURES = "auto"  # figure, animation, frames: "yes", "no", or "auto": of the built-in pictures
 SHOWN = 2  # pictures in them
@@ -82,18 +82,17 @@ class Method(NamedTuple):
 
 def methods():
     process = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}[SDE]()
-    found = {
-        "mmse": (sde.adams, 1, 1, False),  # E[x0 | y]: one level is one step
-        "sde": (sde.adams, 20, 1, True),  # the reverse-time SDE, second order
-        "ode": (functools.partial(sde.adams, eta=0.0), 20, 1, False),  # the probability-flow ODE, second order
-        "euler": (functools.partial(sde.reverse_sde, sde=process), 100, 1, True),  # the reverse-time SDE of the textbook
-        "heun": (functools.partial(sde.probability_flow_ode, sde=process), 20, 2, False),  # and its probability-flow ODE
-        "ancestral": (sde.ancestral, 100, 1, True),
-        "pc": (sde.predictor_corrector, 50, 2, True),
-        "annealed": (sde.annealed_langevin, 100, 1, True),
-        "langevin": (langevin, 1, LANGEVIN_STEPS, False),  # the original recipe; forgets the picture if it runs on
+    return {
+        "mmse": Method(sde.adams, 1, 1, False),  # E[x0 | y]: one level is one step
+        "sde": Method(sde.adams, 20, 1, True),  # the reverse-time SDE, second order
+        "ode": Method(functools.partial(sde.adams, eta=0.0), 20, 1, False),  # the probability-flow ODE, second order
+        "euler": Method(functools.partial(sde.reverse_sde, sde=process), 100, 1, True),  # the reverse-time SDE of the textbook
+        "heun": Method(functools.partial(sde.probability_flow_ode, sde=process), 20, 2, False),  # and its probability-flow ODE
+        "ancestral": Method(sde.ancestral, 100, 1, True),
+        "pc": Method(sde.predictor_corrector, 50, 2, True),
+        "annealed": Method(sde.annealed_langevin, 100, 1, True),
+        "langevin": Method(langevin, 1, LANGEVIN_STEPS, False),  # the original recipe; forgets the picture if it runs on
     }
-    return {name: Method(*values) for name, values in found.items()}
 
 
 def langevin(denoiser, y, levels, noise):
@@ -171,11 +170,8 @@ class Job:
 # -----------------------------------------------------------------------------
 
 
-# What of a picture shows its noise: the `part` of sde.estimate_sigma.
-
-
 def unclipped(v, denoised, sigma, margin=1.5):
-    """Leave out the values that clipping to [0, 1] has touched: those with D within margin * sigma of an end."""
+    """Leave out, as a `part` of sde.estimate_sigma, what clipping to [0, 1] has touched: D within margin * sigma of an end."""
     reach = margin * sigma.view(-1, 1, 1, 1)
     return v * ((denoised > reach) & (denoised < 1 - reach))
 
@@ -273,9 +269,7 @@ def observation(size, mask="none", blur=0.0, enlarge=1, seed=0):
     if mask != "none":
         share = re.fullmatch(r"0?\.\d+", mask)
         missing = np.random.default_rng(seed).random(size) < float(mask) if share else read_mask(mask)
-        utils.check(
-            missing.shape == tuple(size), "MASK", missing.shape, f"must have the {tuple(size)} rows and columns of the picture"
-        )
+        utils.check(missing.shape == size, "MASK", missing.shape, f"must have the {size} rows and columns of the picture")
         return lambda x: torch.from_numpy(~missing).to(x) * x
     if blur:
         from torchvision.transforms.functional import gaussian_blur  # here, since it takes 160 MB
@@ -306,7 +300,7 @@ def read_jobs(model, device, notify, failed, refused):
         try:
             yield make_job(picture, model, device, rng, notify, k < LISTED or not picture.builtin)
         except ValueError as error:
-            refused.append((picture.name, picture.source, str(error)))  # not the picture, which may be large
+            refused.append((picture.name, str(error)))  # not the picture, which may be large
 
 
 def make_job(picture, model, device, rng, notify, listed):
@@ -318,7 +312,7 @@ def make_job(picture, model, device, rng, notify, listed):
     sigma = SIGMA or (0.02 if A else 0.1 if made else None)
     if made:
         x0 = y[:, :height, :width]
-        (y,) = utils.add_noise([as_array(A(x0[None])[0] if A else x0)], sigma, rng)
+        (y,) = utils.add_noise([(A(x0[None])[0] if A else x0).permute(1, 2, 0).numpy()], sigma, rng)
         y = torch.from_numpy(y).permute(2, 0, 1)
     y = A(y) if MASK != "none" else y  # nothing where nothing is seen, in place of noise
     low, high = (level / math.sqrt(3 if len(y) == 1 else 1) for level in (model.sigma_min, model.sigma_max))  # see sde.grey
@@ -430,7 +424,7 @@ def carry_out(model, jobs, device, filmed, bar, refused):
         for job in jobs:
             job.results.clear(), job.written.clear()
         if len(jobs) == 1:
-            refused.append((jobs[0].picture.name, jobs[0].picture.source, str(error)))
+            refused.append((jobs[0].picture.name, str(error)))
         else:  # because of one of them
             for k, job in enumerate(jobs):
                 yield from carry_out(model, [job], device, int(k < filmed), bar, refused)
@@ -470,7 +464,7 @@ def is_file(output):
 def write(job):
     """Write what is asked for of a job, in place of no file but our own."""
     picture, images, draws = job.picture, {}, job.results[METHOD][0]
-    save = lambda path, image: utils.write_picture(path, picture, as_array(image), job.owner)  # noqa: E731
+    save = lambda path, image: utils.write_picture(path, picture, image.permute(1, 2, 0).numpy(), job.owner)  # noqa: E731
     if is_file(OUTPUT):
         job.written.append(save(OUTPUT, draws[0]))
         return
@@ -494,10 +488,6 @@ def write_map(job, kind, variance):
         utils.save_map(job.path(f"_{kind}"), variance, f"{kind} of {job.name}: standard deviation of a pixel")
         for suffix in (".npy", ".png"):
             job.wrote(job.path(f"_{kind}{suffix}"))
-
-
-def as_array(x):
-    return x.permute(1, 2, 0).numpy()
 
 
 def write_frames(job):
@@ -566,27 +556,23 @@ def observed_by():
 
 
 def check_constants(model):
-    for name in ("COUNT", "ENLARGE", "LANGEVIN_STEPS", "LANGEVIN_STEP_SIZE", "BATCH_PIXELS"):
+    limits = {name: (1, 1e18) for name in ("COUNT", "LANGEVIN_STEPS", "BATCH_PIXELS")}
+    limits |= {"ENLARGE": (1, 64), "BLUR": (0, 1e6), "WHITE": (1e-30, 1e30), "LANGEVIN_STEP_SIZE": (1e-30, 1e30)}
+    limits |= {"STEPS": (1, 100_000), "DRAWS": (1, 100_000), "PROBES": (0, 100_000), "COMPONENTS": (0, 100_000)}
+    limits |= {"SEED": (0, 2**32 - 1), "DRAW_SEED": (0, 2**32 - 1)}
+    for name, (low, high) in limits.items():
         value = globals()[name]
-        utils.check(0 < value < math.inf, name, value, "must be positive")
-    utils.check(ENLARGE <= 64, "ENLARGE", ENLARGE, "must be at most 64")
-    utils.check(RHO is None or RHO >= 1, "RHO", RHO, "must be at least 1")
-    utils.check(0 <= BLUR < math.inf, "BLUR", BLUR, "must be a width in pixels")
+        utils.check(value is None or low <= value <= high, name, value, f"must lie between {low} and {high}")
+    for name in ("STEPS", "DRAWS", "PROBES"):
+        utils.check(not isinstance(globals()[name], float), name, globals()[name], "must be a whole number")
+    utils.check(RHO in (None, math.inf) or 1 <= RHO <= 1e9, "RHO", RHO, "must lie between 1 and 1e9, or be inf")
     if observed := observed_by():
         utils.check(len(observed) == 1, "MASK", " ".join(observed), "--blur and --enlarge are one at a time")
         draws = METHOD not in ("mmse", "langevin") and not COMPONENTS
         utils.check(draws, "METHOD", METHOD, f"must be one that draws, or ode, and --components 0, with {observed[0]}")
-    for name in ("SEED", "DRAW_SEED"):
-        utils.check(0 <= globals()[name] < 2**32, name, globals()[name], "must be a number from 0 to 2^32 - 1")
-    for name, least in {"STEPS": 1, "DRAWS": 1, "PROBES": 0}.items():
-        value = globals()[name]
-        whole = value is None or (isinstance(value, int) and least <= value <= 100_000)
-        utils.check(whole, name, value, f"must be a whole number from {least} to 100,000")
-    utils.check(WHITE is None or 0 < WHITE < math.inf, "WHITE", WHITE, "must be positive")
     if is_file(OUTPUT):
         many = FIGURES == "yes" or (DRAWS or 1) > 1 or COMPONENTS
         utils.check(not many, "OUTPUT", OUTPUT, "must be a folder for figures, draws and components")
-    utils.check(COMPONENTS >= 0, "COMPONENTS", COMPONENTS, "must not be negative")
     utils.check(SIGMA is None or 0 < SIGMA <= 2, "SIGMA", SIGMA, "is a standard deviation for pixels in [0, 1], as 25/255")
     utils.check(TEXTURE == 0 or 1e-6 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must be 0, or lie between 1e-6 and 1")
     utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be ve, vp or subvp")
@@ -631,14 +617,13 @@ def main():
                 else:
                     job.results.clear()  # before the next picture is read
     if refused and not rows:
-        raise ValueError(refused[0][2])
-    for name, source, error in refused:
-        failed.append(source)
+        raise ValueError(refused[0][1])
+    for name, error in refused:
         print(f"'{name}' is left out: {error}")
     print(utils.table((rows if own or count <= LISTED else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
     if shown:
         owner = owner_of(INPUT)
-        path = Path(OUTPUT, utils.free_name(OUTPUT, f"{Path(INPUT[0]).stem}_{METHOD}", [".jpg", ".gif"], owner) + ".jpg")
+        path = Path(OUTPUT, utils.free_name(OUTPUT, f"{Path(INPUT[0]).stem[:45]}_{METHOD}", [".jpg", ".gif"], owner) + ".jpg")
         show(shown, path)
         for suffix in (".jpg", ".gif"):
             utils.remember(path.with_suffix(suffix), owner)
@@ -646,7 +631,7 @@ def main():
     if own and methods()[METHOD].draws:
         least = "what --method mmse gives" if is_file(OUTPUT) else "the mean of the draws" if observed_by() else "mmse"
         print(f"{least} has the least error, for measurements; a draw ({METHOD}) looks natural, its finest texture is invented")
-    if failed:
+    if failed or refused:
         sys.exit(1)
 
 

@@ -182,7 +182,7 @@ class ScoreModel(nn.Module):
 
     sigma_min, sigma_max: the trained range of noise levels. Outside it the network is asked as at the nearest end, while the
     arithmetic around it keeps to the level asked for: an extrapolation, and with "unet" one that stays an image.
-    bfloat16: run the convolutions in bfloat16 (about 5 times faster where the hardware has it); everything
+    bfloat16: run the network's products in bfloat16 (about 5 times faster where the hardware has it); everything
     around the network, and so the state of a sampler, stays in the precision of x.
     Raises ValueError, before anything is built, for an unknown network or numbers that no network can have.
     """

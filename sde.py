@@ -188,7 +188,7 @@ def adams(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
         x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,  b = 1 - (1 - e^(-k h)) / (k h).
 
     The predictor extrapolates D_s along the last slope; the corrector puts in the estimate at the predicted point, made
-    with the same z, which is what carries the noise to second order. One network call a level. eta: as in `ancestral`.
+    with the same z, which carries the noise to second order, in law. One network call a level. eta: as in `ancestral`.
     """
     _check(0 <= eta <= 1, "eta must lie between 0 and 1", eta)
     steps, k, x, D, slope = falling(levels), 1 + eta**2, y, denoiser(y, levels[0]), 0.0
@@ -209,9 +209,10 @@ def predictor_corrector(denoiser, y, levels, corrections=1, delta=0.1, observe=T
         x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt((2 - delta) e) z,  e = delta s^2 (1 - s^2 / sigma^2).
 
     With the pull of y (Kawar et al. 2021) a correction samples p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n, to first
-    order in delta. As published, `observe` False, it uses the score alone, with e = delta s^2: it samples p_s, and forgets y
-    the more it corrects. The noise of variance 2 - delta, not Langevin's 2, keeps the variance of x_s around a known x0 for
-    any delta. One network call a step, `corrections` more at every level but the first, and one at the end.
+    order in delta. With `observe` False it uses the score alone, with e = delta s^2, as published but for step and noise: it
+    samples p_s, and forgets y the more it corrects. The noise of variance 2 - delta, not Langevin's 2, keeps the variance of
+    x_s around a known x0 for any delta. One network call a step, `corrections` more at every level but the first, and one at
+    the end.
     Raises ValueError unless 0 < delta < 2.
     """
     _check(0 < delta < 2, "delta must lie between 0 and 2", delta)
@@ -334,8 +335,8 @@ def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, 
 
     which needs one step where the prior is white; a step out of the bracket of known levels goes to its geometric middle.
     Traces are means over `probes` fixed vectors of signs, the same for every image, so an estimate depends on its image alone,
-    up to the tolerance. One network call and `probes` products an iteration, 4 to 13 of them. The standard error is
-    s / sqrt(2 tr((I - J)^2)).
+    up to the tolerance. One network call and `probes` products an iteration, 4 to 13 of them. The standard error is, but for the
+    probes, s / sqrt(2 tr((I - J)^2)).
 
     part(v, D, s) -> like v: an orthogonal projection P; the level is judged by |P (y - D)|^2 = s^2 tr(P (I - J)), true on
     average for every P that does not look at the noise. A mask made from y does; one from D hardly does.

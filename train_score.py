@@ -66,7 +66,7 @@ EMA = 0.999  # decay per step of the averaged weights, which are the ones kept; 
 NAME = "score"  # of checkpoints/NAME.pt and figures/NAME_training.png
 SEED = 0  # decides weights, order, flips and noise
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
-PRECISION = "auto"  # of the convolutions: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
+PRECISION = "auto"  # of the network: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 SAVE_MINUTES = 5.0  # minutes between saves
 LOG_STEPS = 100  # steps per point of the loss curve
 VAL_SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5)  # noise levels of the validation; those outside the range are left out
@@ -355,7 +355,8 @@ def main():
     model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, bfloat16).to(device)
     info = {"earlier": initial_weights(model, INIT), "hardware": utils.hardware(device, world), "torch": str(torch.__version__)}
     train, val, test = utils.first_alone(rank, lambda: read_data(device))
-    training = Training(NAME, model, make_optimizers(model, OPTIMIZER, LR), len(train), BATCH_SIZE, fixed_options(train))
+    optimizers = make_optimizers(model, OPTIMIZER, LR)
+    training = Training(NAME, model, optimizers, len(train), BATCH_SIZE, fixed_options(train))
     steps, epoch_steps = EPOCHS * training.epoch_steps, training.epoch_steps
     law = functools.partial(noise_law, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, tails=TAILS)
     info |= {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "test_psnr": {}}

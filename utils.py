@@ -85,7 +85,7 @@ def _number_or_none(text):
 def _number(text):
     try:
         return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise argparse.ArgumentTypeError(f"not a number: '{text}'") from None
 
 
@@ -355,10 +355,8 @@ def _read_file(path, name, white, notify):
             raise ValueError("no pictures in it")
         several = len(some) > 1
         black, white, found = _value_range((p.pixels for p in (_frames(path) if several else some)), white)
-        frames = "several frames, each a picture of its own" if several else ""
-        for line in (found, some[0].note, frames):
-            if line:
-                notify(f"'{path}': {line}")
+        for line in filter(None, (found, some[0].note, "several frames, each a picture of its own" * several)):
+            notify(f"'{path}': {line}")
         for k, picture in enumerate(_frames(path) if several else some):
             number, frame = (f"_{k:05d}", f"#{k}") if several else ("", "")
             if picture.pixels.dtype != some[0].pixels.dtype:
@@ -678,10 +676,8 @@ def _cifar10(data_dir, train):  # -> uint8 (N, 32, 32, 3)
     try:
         return CIFAR10(data_dir, train=train, download=True).data
     except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"CIFAR-10 is neither in '{data_dir}' nor could it be downloaded ({error}): connect to the network, "
-            f"put cifar-10-python.tar.gz into '{data_dir}', or name a folder of images instead"
-        ) from None
+        what = f"CIFAR-10 is neither in '{data_dir}' nor could it be downloaded ({error})"
+        raise OSError(f"{what}: connect to the network, put cifar-10-python.tar.gz there, or name a folder of images") from None
 
 
 def add_noise(images, sigma, seed):
