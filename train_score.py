@@ -390,9 +390,10 @@ def main():
             if rank == 0:
                 training.save(info)
                 training.plot()
+            if training.step < steps:  # said while signals are but noted: torchrun ends every process when one has ended
+                say(f"stopped after step {training.step} of {steps}, saved in '{training.resume}': run the same command to go on")
     utils.leave_processes()
     if training.step < steps:
-        say(f"stopped after step {training.step} of {steps}, saved in '{training.resume}': run the same command to go on")
         sys.exit(130)
     say(f"{training.images_seen:,} images seen; wrote '{training.network}' and '{training.figure}'; more --epochs go on")
 

@@ -99,35 +99,30 @@ def watched(denoiser, note):
 # -----------------------------------------------------------------------------
 
 
-def classical(sigma):
-    """Return {name: denoiser of one noisy (H, W, 3) array} from scikit-image, with the weights and patches that are best here."""
-    nl_means = {"patch_size": 5, "patch_distance": 5, "h": 0.9 * sigma, "sigma": sigma, "fast_mode": False}
-    return {
-        "total variation": functools.partial(denoise_tv_chambolle, weight=0.7 * sigma, max_num_iter=200, channel_axis=-1),
-        "non-local means": functools.partial(denoise_nl_means, **nl_means, channel_axis=-1),
-    }
-
-
-def one_by_one(denoiser, y):
-    """Apply a denoiser of one (H, W, 3) array to each of (B, 3, H, W) images."""
-    arrays = y.permute(0, 2, 3, 1).double().cpu().numpy()
-    return torch.from_numpy(np.stack([denoiser(array) for array in arrays])).permute(0, 3, 1, 2)
+def one_by_one(denoiser):
+    """Return (y, noise) -> images, (B, 3, H, W), from a denoiser of one (H, W, 3) array."""
+    arrays = lambda y: y.permute(0, 2, 3, 1).double().cpu().numpy()  # noqa: E731
+    return lambda y, noise: torch.from_numpy(np.stack([denoiser(array) for array in arrays(y)])).permute(0, 3, 1, 2)
 
 
 def results_table(device):
-    """Return a row for each denoiser at SIGMA on the same noisy images."""
+    """Return a row for each denoiser at SIGMA on the same noisy images; scikit-image's have the strengths that are best here."""
     recipe, model = (read_model(path, device, PRECISION, (SIGMA,)) for path in (RECIPE, CHECKPOINT))
     y, x0 = read_noisy(INPUT, DATA_DIR, COUNT, SIGMA, SEED, device)
     levels = sde.noise_levels(SIGMA, model.sigma_min, STEPS)
-    rows = [("noisy", 0, lambda y, noise: y)]
-    rows += [(name, 0, lambda y, noise, f=denoiser: one_by_one(f, y)) for name, denoiser in classical(SIGMA).items()]
-    for steps in (100, 200):
-        run = functools.partial(sde.langevin, recipe, sigma=SIGMA, steps=steps, step_size=STEP_SIZES[0])
-        rows.append((f"recipe: three layers, Langevin, {steps} steps", steps, lambda y, noise, run=run: run(y=y, noise=noise)))
-    rows.append(("three layers, one step", 1, lambda y, noise: recipe(y, SIGMA)))
-    rows.append(("U-Net, reverse SDE, one draw", STEPS, lambda y, noise: sde.adams(model, y, levels, noise=noise)))
-    rows.append(("U-Net, probability-flow ODE", STEPS, lambda y, noise: sde.adams(model, y, levels, eta=0.0)))
-    rows.append(("**U-Net, one step**", 1, lambda y, noise: model(y, SIGMA)))
+    langevin = lambda steps: lambda y, noise: sde.langevin(recipe, y, SIGMA, steps, STEP_SIZES[0], noise=noise)  # noqa: E731
+    nl_means = {"patch_size": 5, "patch_distance": 5, "h": 0.9 * SIGMA, "sigma": SIGMA, "fast_mode": False, "channel_axis": -1}
+    rows = [
+        ("noisy", 0, lambda y, noise: y),
+        ("total variation", 0, one_by_one(lambda array: denoise_tv_chambolle(array, 0.7 * SIGMA, channel_axis=-1))),
+        ("non-local means", 0, one_by_one(lambda array: denoise_nl_means(array, **nl_means))),
+        ("recipe: three layers, Langevin, 100 steps", 100, langevin(100)),
+        ("recipe: three layers, Langevin, 200 steps", 200, langevin(200)),
+        ("three layers, one step", 1, lambda y, noise: recipe(y, SIGMA)),
+        ("U-Net, reverse SDE, one draw", STEPS, lambda y, noise: sde.adams(model, y, levels, noise=noise)),
+        ("U-Net, probability-flow ODE", STEPS, lambda y, noise: sde.adams(model, y, levels, eta=0.0)),
+        ("**U-Net, one step**", 1, lambda y, noise: model(y, SIGMA)),
+    ]
     table = []
     for label, calls, denoiser in tqdm(rows, leave=False):
         parts = []
@@ -161,9 +156,8 @@ def plot_langevin(path, recipe, model, y, x0, end=0.04):
         axes.axhline(value, color="grey", linewidth=1)
         axes.annotate(f"{label}: {value:.2f} dB", (end, value), (0, -11), textcoords="offset points", ha="right", fontsize=8)
     axes.set(xlabel="step size × updates", ylabel="PSNR, dB")
-    axes.set_title(
-        f"Plain Langevin first denoises, then forgets the picture ($\\sigma$ = {SIGMA:g}, {len(y)} images)", fontsize=10
-    )
+    title = f"Plain Langevin first denoises, then forgets the picture ($\\sigma$ = {SIGMA:g}, {len(y)} images)"
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower center")
     utils.save_figure(path, figure)
@@ -214,13 +208,7 @@ def levels_table(device):
         gains = {f"{name}, gain": means.pop(name) - means["one step"] for name in ("float32", "mirrored")}
         psnr = {f"{name}, PSNR dB": value for name, value in means.items()}
         rows.append({"sigma": f"{sigma:g}", **psnr, "one step, SSIM": utils.ssim(found["one step"], x0).mean(), **gains})
-    plot_levels(Path("figures", "levels.png"), rows, len(x0))
-    return rows
-
-
-def plot_levels(path, rows, count):
-    """Plot how many dB the network gains on the Wiener filter at each noise level."""
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")  # how many dB the network gains on the Wiener filter
     axes = figure.subplots()
     gains = [row["one step, PSNR dB"] - row["Wiener filter, PSNR dB"] for row in rows]
     axes.plot([float(row["sigma"]) for row in rows], gains, marker="o", color="#0072B2")
@@ -228,9 +216,10 @@ def plot_levels(path, rows, count):
     axes.set(xscale="log", xlabel="noise level $\\sigma$, pixels in [0, 1]", ylabel="gain over the Wiener filter, dB")
     axes.set_xticks([float(row["sigma"]) for row in rows], [row["sigma"] for row in rows])
     axes.minorticks_off()
-    axes.set_title(f"The U-Net in one step against the best for a Gaussian prior ({count} images)", fontsize=10)
+    axes.set_title(f"The U-Net in one step against the best for a Gaussian prior ({len(x0)} images)", fontsize=10)
     axes.grid(alpha=0.3)
-    utils.save_figure(path, figure)
+    utils.save_figure(Path("figures", "levels.png"), figure)
+    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -271,7 +260,9 @@ def expected_table(device):
         axes.grid(alpha=0.3)
     utils.save_figure(Path("figures", "expected.png"), figure)
     plot_uncertainty(Path("figures", "uncertainty.png"), model, x0[:4])
-    plot_components(Path("figures", "components.png"), model, x0[:1])
+    y = pictures.noisy(x0[:1], 0.6, SEED)  # a level at which much of an image is uncertain
+    variances, directions = sde.principal_components(model, y, 0.6, 3, noise=utils.seeded_noise([SEED], device))
+    utils.save_components(Path("figures", "components.png"), model(y, 0.6)[0], variances[0].clamp(min=0).sqrt(), directions[0])
     return rows
 
 
@@ -301,13 +292,6 @@ def plot_uncertainty(path, model, x0, draws=64, probes=256):
     agreement = torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flatten()]))[0, 1]
     print(f"the two maps of deviation: correlation {agreement:.3f}, mean {maps[0].mean():.4f} and {maps[1].mean():.4f}")
     utils.save_figure(path, figure)
-
-
-def plot_components(path, model, x0, sigma=0.6, count=3):
-    """Show the main directions in which an image is uncertain, where much of it is."""
-    y = pictures.noisy(x0, sigma, SEED)
-    variances, directions = sde.principal_components(model, y, sigma, count, noise=utils.seeded_noise([SEED], y.device))
-    utils.save_components(path, model(y, sigma)[0], variances[0].clamp(min=0).sqrt(), directions[0])
 
 
 # -----------------------------------------------------------------------------

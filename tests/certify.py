@@ -233,15 +233,8 @@ def study_forgetting(path, model, y, x0, sigma):
         lines.append((label, [20 + 19 * c for c in repeats], [relative(x) for x in results], style, place))
     calls = [20 * c for c in repeats[1:]]
     results = [sde.annealed_langevin(model, y, sde.noise_levels(sigma, model.sigma_min, n), noise=noise()) for n in calls]
-    lines.append(
-        (
-            "annealed Langevin with the pull of y",
-            calls,
-            [relative(x) for x in results],
-            {"color": "#009E73", "marker": "^"},
-            (332, 1.48),
-        )
-    )
+    style = {"color": "#009E73", "marker": "^"}
+    lines.append(("annealed Langevin with the pull of y", calls, [relative(x) for x in results], style, (332, 1.48)))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     for label, x, values, style, place in lines:
@@ -250,13 +243,8 @@ def study_forgetting(path, model, y, x0, sigma):
     axes.axhline(2, color="black", linewidth=1, linestyle=":")
     axes.axhline(1, color="black", linewidth=1)
     axes.annotate("one step", (406, 1.03), fontsize=8)
-    axes.set(
-        xlabel="network calls",
-        ylabel="squared error / that of one step\n(2: a posterior draw; less: too little scatter)",
-        yscale="log",
-        xlim=(0, 540),
-        ylim=(0.9, 16),
-    )
+    label = "squared error / that of one step\n(2: a posterior draw; less: too little scatter)"
+    axes.set(xlabel="network calls", ylabel=label, yscale="log", xlim=(0, 540), ylim=(0.9, 16))
     axes.set_yticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
     axes.minorticks_off()
     axes.set_title(f"What forgets the observation and what keeps it ($\\sigma$ = {sigma:g}, {len(y)} images)", fontsize=10)
@@ -278,14 +266,12 @@ def study_dial(path, model, y, x0, sigma):
     averaged = [(str(n), place(draws[:n].mean(0))) for n in (2, 4, 16)]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for points, style, label, offset in (
-        (stopped, "o-", "reverse SDE stopped early, at this --texture", (0, 7)),
-        (averaged, "s--", "mean of so many draws", (0, -14)),
-        ([("probability-flow ODE", place(sde.adams(model, y, levels(1), eta=0.0)))], "^", None, (0, 8)),
+    for points, style, color, label, offset in (
+        (stopped, "o-", "#0072B2", "reverse SDE stopped early, at this --texture", (0, 7)),
+        (averaged, "s--", "#E69F00", "mean of so many draws", (0, -14)),
+        ([("probability-flow ODE", place(sde.adams(model, y, levels(1), eta=0.0)))], "^", "#000000", None, (0, 8)),
     ):
-        axes.plot(
-            *zip(*(xy for _, xy in points)), style, label=label, color={"o": "#0072B2", "s": "#E69F00", "^": "#000000"}[style[0]]
-        )
+        axes.plot(*zip(*(xy for _, xy in points)), style, label=label, color=color)
         for text, xy in points:
             axes.annotate(text, xy, offset, textcoords="offset points", ha="center", fontsize=8)
     axes.axhline(1, color="grey", linewidth=1)
@@ -305,9 +291,8 @@ def study_nothing(path, model, count=32):
     figure = Figure(figsize=(7.5, 3.9), layout="constrained")
     axes = figure.subplots()
     axes.imshow(utils.to_array(make_grid(images.clamp(0, 1), 8, padding=1, pad_value=1)), interpolation="nearest")
-    axes.set_title(
-        f"Draws from pure noise, $\\sigma$ = {model.sigma_max:g} to {model.sigma_min:g} in 40 calls, none left out", fontsize=10
-    )
+    title = f"Draws from pure noise, $\\sigma$ = {model.sigma_max:g} to {model.sigma_min:g} in 40 calls, none left out"
+    axes.set_title(title, fontsize=10)
     axes.set_axis_off()
     utils.save_figure(path, figure)
 

@@ -27,7 +27,7 @@ ONLY = ""  # a word; changes without it in their description are left out
 
 groups = {
     "training": "scripts: epoch_shows or noise_level_from or flipped or every_seed or validation_measures or shares or climbs or "
-    "its_recipe or first_step or stopped_twice or tells_its_story or is_a_table or that_is_kept or unwritable or divergence or "
+    "its_recipe or first_step or stopped_twice or tells_its_story or are_a_table or that_is_kept or unwritable or divergence or "
     "starts_from or go_on_from",
     "denoising": "scripts: each_method or noise_can_be or writes_what or in_tiles or several_sizes or own_picture or "
     "does_not_depend or denoising_refuses or texture or pixels or a_folder or of_one_kind or observ or "
@@ -71,7 +71,7 @@ train_score.py
     table before it is whole ¦                     training.plot()⏎ ¦  ¦ training
 model.py
     weights_only False ¦ weights_only=True ¦ weights_only=False ¦ model: runs_no_code
-    sigma_data 0.3 ¦ sigma_data = 0.25 ¦ sigma_data = 0.3 ¦ model: untrained or unit_variance or spread or shipped or outside
+    sigma_data 0.3 ¦ sigma_data = 0.25 ¦ sigma_data = 0.3 ¦ model: untrained or unit_variance or shipped or outside
     film not zero at the start ¦ for parameter in (self.film.weight, self.film.bias, self.conv2.weight ¦ for parameter in (self.conv2.weight ¦ model
     checksum not checked ¦ if archive.testzip(): ¦ if False: ¦ model: damaged
     embedding's range ¦ torch.logspace(-2, 2, ¦ torch.logspace(-2, 3, ¦ model
@@ -110,11 +110,11 @@ utils.py
     all that is nearly grey is grey ¦ image.format == "WEBP" and ¦ mode == "RGB" and ¦ pictures: nearly
     ssim window ¦ "sigma": 1.5 ¦ "sigma": 3.0 ¦ utils: ssim
     ssim without Gaussian weights ¦ "gaussian_weights": True ¦ "gaussian_weights": False ¦ utils: ssim
-    tiles off the grid ¦ // 32 * 32 if height ¦ if height ¦ utils scripts: tiles or large_picture
+    tiles off the grid ¦ // 32 * 32 if height ¦ if height ¦ utils scripts: tiles
     shares weigh alike ¦ len(range(rank, count, world)) / count ¦ 1 / world ¦ training
     psnr not clipped ¦ images.clamp(0, 1).double() - x0 ¦ images.double() - x0 ¦ utils: psnr
     readable by the owner alone ¦             os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read⏎ ¦             pass⏎ ¦ utils pictures
-    halo forgotten ¦ slice(max(start - halo, 0), min(start + size + halo, n)) ¦ slice(start, min(start + size, n)) ¦ utils scripts: tiles or large_picture
+    halo forgotten ¦ slice(max(start - halo, 0), min(start + size + halo, n)) ¦ slice(start, min(start + size, n)) ¦ utils scripts: tiles
     the lock is shared ¦ fcntl.LOCK_EX |  ¦ fcntl.LOCK_SH |  ¦ utils: process
     each image the same noise ¦ rng = np.random.default_rng(seed)⏎    return ¦ return ¦ utils: noise
     pictures truncated, not rounded ¦ (x.clamp(0, 1) * 255).round().byte() ¦ (x.clamp(0, 1) * 255).byte() ¦ utils: saved
@@ -127,7 +127,7 @@ sde.py
     corrector's noise ¦ sqrt((2 - delta) * e) ¦ sqrt(2 * e) ¦ sde: correct
     annealed noise ¦ + sqrt(e / 2) * (z_before ¦ + sqrt(e) * (z_before ¦ sde: annealed or order
     Langevin's noise ¦ sqrt(2 * step_size * temperature) ¦ sqrt(step_size * temperature) ¦ sde: angevin
-    last division by alpha ¦     return denoiser(x / sde.alpha(times[-1]), levels[-1])⏎⏎⏎def probability ¦     return denoiser(x, levels[-1])⏎⏎⏎def probability ¦ sde: reverse or draws or pull_of_y
+    last division by alpha ¦     return denoiser(x / sde.alpha(times[-1]), levels[-1])⏎⏎⏎def probability ¦     return denoiser(x, levels[-1])⏎⏎⏎def probability ¦ sde: reverse or draws
     signs become Gaussians ¦ signs = (noise(y).sign() for ¦ signs = (noise(y) for ¦ uncertainty
     components rise ¦ return variances.flip(1),  ¦ return variances,  ¦ uncertainty
     grey noise too weak ¦ zero_sum = sqrt(3) * ¦ zero_sum = sqrt(2) * ¦ uncertainty

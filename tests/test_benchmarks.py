@@ -40,6 +40,7 @@ def test_exact_draws_pass_their_certification():
     assert abs(found["(y - draw) / sigma"] - 1) < 0.01 and abs(found["its lag 1"]) < 4 / math.sqrt(pixels)
     narrow = certify.statistics(mean + 0.9 * std * normal(n, *shape, seed=2), x0, y, mean, sigma)
     assert narrow["error of a draw"] < 1.9 and narrow["in 90%"] < 0.89
+    assert certify.coverage(normal(5, 2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1), 0.9) is None  # of too few draws
 
 
 def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should():
@@ -59,10 +60,6 @@ def test_the_ratios_standard_error_is_that_of_repetitions():
     a, b = 1 + 0.1 * normal(2000, 50, seed=3), 2 + 0.1 * normal(2000, 50, seed=4)
     values, errors = zip(*(certify.ratio(x, y) for x, y in zip(a, b)))
     assert abs(np.std(values) / np.mean(errors) - 1) < 0.1
-
-
-def test_too_few_draws_make_no_interval():
-    assert certify.coverage(normal(5, 2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1), 0.9) is None
 
 
 def test_the_field_has_its_own_denoiser():
@@ -156,21 +153,11 @@ def networks(tmp_path_factory):
 @pytest.mark.parametrize(
     "script, line, words, figures",
     [
-        (
-            "benchmark.py",
-            "--study-count 2 --step-sizes 1e-3 1e-2 --steps 2",
-            "non-local means|Langevin, 200 steps|U-Net, one step",
-            ["langevin"],
-        ),
+        ("benchmark.py", "--study-count 2 --step-sizes 1e-3 1e-2 --steps 2", "means|200 steps|U-Net, one step", ["langevin"]),
         ("benchmark.py", "--table levels --levels 0.1 0.5 --train patches.npy", "0.1|0.5|float32, gain", ["levels"]),
         ("benchmark.py", "--table noise --noise-levels 0.1", "8 bit|within 4%", []),
         ("benchmark.py", "--table expected", "0.05|correlation|two maps", ["expected", "uncertainty", "components"]),
-        (
-            "benchmark.py",
-            "--table observations --observed-steps 4",
-            "mean of 8|splitting|biharmonic|Wiener|Lanczos",
-            ["observations.jpg"],
-        ),
+        ("benchmark.py", "--table observations --observed-steps 4", "splitting|biharmonic|Wiener|Lanczos", ["observations.jpg"]),
         ("benchmark.py", "--table speed --seconds 0.01 --batch 2 --steps 2", "training|network alone|within `adams`", []),
         (
             "certify.py",
@@ -185,7 +172,7 @@ def test_every_table_and_figure_can_be_made(networks, tmp_path, script, line, wo
     common = f"--input {networks / 'patches.npy'} --count 3 --checkpoint {networks / 'unet.pt'} --device cpu"
     common += f" --recipe {networks / 'cnn3.pt'}" if script == "benchmark.py" else ""
     command = [sys.executable, ROOT / "tests" / script, *common.split(), *line.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words.split("|")), done.stdout
     for name in figures:

@@ -108,39 +108,28 @@ def test_options_of_a_denoising_are_right_or_refused(folder, data):
 
 @fuzz
 @given(data=st.data())
-def test_a_damaged_network_is_refused_or_unharmed(folder, data):
-    whole, path = (folder / "net.pt").read_bytes(), folder / "damaged" / "net.pt"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(damaged(data, whole))
+def test_a_damaged_network_is_refused_or_unharmed(folder, tmp_path, data):
+    path = tmp_path / "net.pt"
+    path.write_bytes(damaged(data, (folder / "net.pt").read_bytes()))
     try:
         loaded, before = load_model(path), load_model(folder / "net.pt")
     except ValueError as error:
         assert "net.pt" in str(error)
     else:
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), before.parameters()))
-    finally:
-        path.unlink()
-        path.parent.rmdir()
 
 
 @fuzz
 @given(data=st.data())
-def test_a_checkpoint_with_wrong_parts_is_refused_or_works(folder, data):
+def test_a_checkpoint_with_wrong_parts_is_refused_or_works(folder, tmp_path, data):
     checkpoint = torch.load(folder / "net.pt", weights_only=True)
     part = data.draw(st.sampled_from([checkpoint, checkpoint["config"], checkpoint["weights"], checkpoint["info"]]))
     part[data.draw(st.sampled_from(sorted(part)) | words)] = data.draw(anything)
-    file = io.BytesIO()
-    torch.save(checkpoint, file)
-    (folder / "wrong").mkdir(exist_ok=True)
-    path = folder / "wrong" / "net.pt"
-    path.write_bytes(file.getvalue())
+    torch.save(checkpoint, tmp_path / "net.pt")
     try:
-        assert load_model(path)(torch.zeros(1, 3, 8, 8), 0.1).isfinite().all()
+        assert load_model(tmp_path / "net.pt")(torch.zeros(1, 3, 8, 8), 0.1).isfinite().all()
     except ValueError as error:
         assert "net.pt" in str(error)
-    finally:
-        path.unlink()
-        path.parent.rmdir()
 
 
 @fuzz
@@ -194,7 +183,7 @@ def test_samplers_end_within_the_prior_or_refuse(sampler, levels, ordered):
 
 @fuzz
 @given(data=st.data())
-def test_a_damaged_picture_is_refused_or_read(folder, data):
+def test_a_damaged_picture_is_refused_or_read(tmp_path, data):
     array = (np.arange(12 * 14 * 3) * 7 % 256).astype(np.uint8).reshape(12, 14, 3)
     suffix = data.draw(st.sampled_from([".png", ".jpg", ".tif", ".bmp", ".gif", ".webp", ".npy"]))
     file = io.BytesIO()
@@ -202,26 +191,20 @@ def test_a_damaged_picture_is_refused_or_read(folder, data):
         np.save(file, array)
     else:
         Image.fromarray(array).save(file, {".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:]))
-    path = folder / "pictures" / f"a{suffix}"
-    path.parent.mkdir(exist_ok=True)
+    path = tmp_path / f"a{suffix}"
     path.write_bytes(damaged(data, file.getvalue()))
     try:
         for _, image in utils.read_images(path):
             assert np.isfinite(image).all() and image.ndim == 3
     except ValueError as error:
         assert path.name in str(error)
-    finally:
-        path.unlink()
-        path.parent.rmdir()
 
 
 @fuzz
-@given(x=st.lists(numbers, min_size=12, max_size=12), sigma=numbers)
-def test_metrics_and_files_bear_any_pixel(folder, x, sigma):
+@given(x=st.lists(numbers, min_size=12, max_size=12))
+def test_metrics_and_files_bear_any_pixel(tmp_path, x):
     image = torch.tensor(x, dtype=torch.float64).view(1, 3, 2, 2)
     assert (utils.psnr(image, torch.zeros_like(image)) >= 0).all() or image.isnan().any()
-    utils.save_image(folder / "metrics" / "image.png", image[0].nan_to_num())
-    saved = np.asarray(Image.open(folder / "metrics" / "image.png")) / 255
+    utils.save_image(tmp_path / "image.png", image[0].nan_to_num())
+    saved = np.asarray(Image.open(tmp_path / "image.png")) / 255
     assert np.abs(saved - image[0].nan_to_num().clamp(0, 1).permute(1, 2, 0).numpy()).max() <= 0.51 / 255
-    (folder / "metrics" / "image.png").unlink()
-    (folder / "metrics").rmdir()

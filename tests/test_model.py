@@ -13,9 +13,10 @@ import sde
 import train_score
 from model import CNN3, NoiseEmbedding, ResidualBlock, ScoreModel, WindowAttention, load_checkpoint, load_model
 from train_score import HiddenMuon, denoising_loss, make_optimizers, noise_law, typical_error
-from utils import add_noise, psnr, read_images, read_patches, save_checkpoint
+from utils import add_noise, find, psnr, read_images, read_patches, save_checkpoint
 
 SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "widths": (32, 32), "blocks": (1, 1), "attention": (0, 1)}
+SHIPPED = find("checkpoints/score_cifar10.pt")
 
 
 def small_model(seed=0, **changes):
@@ -40,18 +41,11 @@ def test_cnn3_is_the_network_of_the_recipe():
     assert sum(isinstance(m, torch.nn.ReLU) for m in CNN3().modules()) == 2
 
 
-@pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 0.25, 1.0])
 def test_an_untrained_unet_is_a_wiener_estimate(sigma):
-    # F = 0 leaves c_skip, and that is the posterior mean if the pixels are N(0.5, sigma_data^2).
-    model, x = ScoreModel(**SMALL), images(2, 3, 8, 8)
-    c2 = model.sigma_data**2
-    torch.testing.assert_close(model(x, sigma), 0.5 + c2 / (c2 + sigma**2) * (x - 0.5))
-
-
-def test_at_the_pixels_spread_half_is_believed():
-    # Where sigma is the standard deviation of pixels around 0.5, a quarter, the Wiener estimate is halfway.
-    model, x = ScoreModel(**SMALL), images(1, 3, 8, 8)
-    torch.testing.assert_close(model(x, 0.25), 0.25 + x / 2)
+    # F = 0 leaves c_skip, and that is the posterior mean if the pixels are N(0.5, 0.25^2).
+    x, c2 = images(2, 3, 8, 8), 0.25**2
+    torch.testing.assert_close(ScoreModel(**SMALL)(x, sigma), 0.5 + c2 / (c2 + sigma**2) * (x - 0.5))
 
 
 def test_a_new_block_is_the_identity_at_every_level():
@@ -124,7 +118,7 @@ def test_sigma_may_be_one_number_or_one_per_image():
 @pytest.mark.parametrize("sigma", [0.001, 5.0, 79.0])
 def test_outside_its_range_the_network_stays_a_denoiser(sigma):
     # The network is asked as at the end of its range; c_skip, c_out and c_in keep to the level.
-    model, x0 = load_model("checkpoints/score_cifar10.pt"), read_patches("samples")[:40] / 255
+    model, x0 = load_model(SHIPPED), read_patches("samples")[:40] / 255
     y = x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     assert ((model(y, sigma) - x0) ** 2).mean() < min(2 * sigma**2, 0.1)
     seen = []
@@ -137,10 +131,8 @@ def test_outside_its_range_the_network_stays_a_denoiser(sigma):
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 7), (31, 33), (64, 48)])
 @pytest.mark.parametrize("network", ["unet", "cnn3"])
 def test_any_size_works_and_gradients_reach_the_image(network, size):
-    model, x = (
-        small_model(network=network, widths=(32, 32, 32), blocks=(1, 1, 1), attention=(1, 1, 1)),
-        images(2, 3, *size).requires_grad_(),
-    )
+    model = small_model(network=network, widths=(32, 32, 32), blocks=(1, 1, 1), attention=(1, 1, 1))
+    x = images(2, 3, *size).requires_grad_()
     denoised = model(x, 0.1)
     assert denoised.shape == x.shape
     (gradient,) = torch.autograd.grad(denoised.square().sum(), x)
@@ -209,7 +201,7 @@ def test_score_matching_learns_the_score_of_a_gaussian():
 
 
 def test_the_typical_error_is_that_of_the_shipped_network():
-    levels = load_model("checkpoints/score_cifar10.pt").info["test_psnr"]
+    levels = load_model(SHIPPED).info["test_psnr"]
     assert set(levels) == {0.02, 0.05, 0.1, 0.2, 0.5}
     for s, mean_psnr in levels.items():
         assert abs(10 * np.log10(typical_error(s)) + mean_psnr) < 1.2  # dB
@@ -367,8 +359,8 @@ def one_step_psnr(model, sigma):
 
 
 def test_the_shipped_network_says_how_good_it_is():
-    model = load_model("checkpoints/score_cifar10.pt")
-    assert sum(p.numel() for p in model.parameters()) < 2.1e6 and Path("checkpoints/score_cifar10.pt").stat().st_size < 10e6
+    model = load_model(SHIPPED)
+    assert sum(p.numel() for p in model.parameters()) < 2.1e6 and SHIPPED.stat().st_size < 10e6
     assert (model.sigma_min, model.sigma_max) == (0.005, 20.0)
     assert model.info["images_seen"] == 1_266_252 and not model.info["earlier"]  # from random weights, by one command
     options = {name.lower(): value for name, value in vars(train_score).items() if name.isupper()}
@@ -381,13 +373,13 @@ def test_the_shipped_network_says_how_good_it_is():
 
 
 def test_the_shipped_network_finds_the_noise_level():
-    model, x0 = load_model("checkpoints/score_cifar10.pt"), read_patches("samples")[::60] / 255
+    model, x0 = load_model(SHIPPED), read_patches("samples")[::60] / 255
     y = x0 + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     assert (sde.estimate_sigma(model, y, model.sigma_min, 1.0) / 0.1 - 1).abs().max() < 0.08
 
 
 def test_the_shipped_recipe_denoises_at_its_level():
-    model = load_model("checkpoints/cnn3_cifar10.pt")
+    model = load_model(find("checkpoints/cnn3_cifar10.pt"))
     assert model.sigma_min == model.sigma_max == 0.1 and model.config["network"] == "cnn3"
     assert model.info["images_seen"] == 9_740_400 and model.info["epochs"] == 200 and not model.info["earlier"]
     assert model.info["test_psnr"][0.1] > 28.27 and one_step_psnr(model, 0.1) > 26.0

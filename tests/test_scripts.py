@@ -13,7 +13,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -48,7 +47,7 @@ def start(folder, script, line):
 def call(folder, script, line, code=0):
     """Run a script in a process of its own; return what it wrote to stdout and stderr."""
     process = start(folder, script, line)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == code, out + err
     return out, err
 
@@ -107,7 +106,7 @@ def trained(patches, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     shutil.copy(patches, folder)
     out, err = call(folder, "train_score.py", f"--data patches.npy --test patches.npy {SMALL}")
-    assert "step 115 of 118: loss" in out and "epoch 2: validation PSNR" in out and "dB at 0.1" in out and err == ""
+    assert "step 115 of 118: loss" in out and "epoch 2: validation PSNR" in out and "dB at 0.1" in out and "img/s" not in err
     return folder
 
 
@@ -145,7 +144,7 @@ def test_a_training_killed_at_any_moment_goes_on(trained, patches, tmp_path):
         process = start(tmp_path, "train_score.py", line)  # a fork would inherit the threads of torch, and hang
         time.sleep(rng.uniform(2, 7))
         process.send_signal((signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[k % 3])
-        process.communicate(timeout=240)
+        process.communicate(timeout=900)
     run(tmp_path, "train_score.py", line)
     assert same_weights(tmp_path, trained)
     names = {path.name for folder in ("checkpoints", "figures") for path in (tmp_path / folder).iterdir()}
@@ -237,15 +236,13 @@ def test_validation_measures_the_noise_that_it_adds():
 # More than one process
 # -----------------------------------------------------------------------------
 
-TWO = (
-    "--network unet --widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.01 --sigma-max 1 --batch-size 5 --decay 0 "
-    "--warmup 5 --val-images 274 --log-steps 4 --device cpu --precision float32 --val-sigmas 0.1 "
-)
+TWO = f"{SMALL} --batch-size 5 --decay 0 --val-images 274 --log-steps 4 --precision float32 --val-sigmas 0.1"
 
 
 def torchrun(folder, line, script=ROOT / "train_score.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    return subprocess.Popen([*command, *line.split()], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    command += [script, *line.split()]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_two_processes_equal_one_that_goes_on(patches, tmp_path):
@@ -253,7 +250,7 @@ def test_two_processes_equal_one_that_goes_on(patches, tmp_path):
     # Adam, since Muon's own arithmetic is in bfloat16, and tells roundings apart by 1e-2.
     line = f"--data {patches} {TWO} --optimizer adam --epochs 4"
     process = torchrun(tmp_path, line)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0 and out.count("epoch 4: validation") == 1, out + err
     (tmp_path / "one").mkdir()
     run(tmp_path / "one", "train_score.py", line)
@@ -280,7 +277,7 @@ def test_processes_that_found_another_training_stop(patches, tmp_path):
     script, command = tmp_path / "second.py", [sys.executable, str(ROOT / "train_score.py"), *line.split(), "--epochs", "2"]
     go = "if os.environ['RANK'] == '1':\n    os.chdir('elsewhere')\n"
     script.write_text(f"import os\n{go}os.execv({command[0]!r}, {command})\n")
-    out, err = torchrun(tmp_path, "", script).communicate(timeout=240)
+    out, err = torchrun(tmp_path, "", script).communicate(timeout=900)
     assert "--name must name a training that all processes find" in err, out + err
 
 
@@ -291,16 +288,13 @@ def test_a_signal_to_one_process_stops_both(patches, tmp_path):
         time.sleep(0.05)
     children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(children[-1], signal.SIGTERM)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     assert "stopped after step" in out and load_checkpoint(resume)["step"] > 0, out + err
 
 
 def test_a_process_that_has_ended_has_left_the_others(patches, tmp_path, monkeypatch):
     # Otherwise its threads of communication abort it, now and then, when all is done.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": 1}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": 1}  # a free port
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     joined = []
@@ -377,10 +371,7 @@ def test_the_first_step_is_adams_and_enters_the_average(patches, tmp_path):
 
 
 def test_only_more_epochs_go_on_beyond_the_end(trained, tmp_path, refuses):
-    for name, content in contents(trained).items():
-        path = tmp_path / name.relative_to(trained)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     line = f"--data patches.npy {SMALL}"
     out, _ = run(tmp_path, "train_score.py", line)
     assert "from step 118" in out and "more --epochs" in out and same_weights(tmp_path, trained)
@@ -396,9 +387,7 @@ def test_only_more_epochs_go_on_beyond_the_end(trained, tmp_path, refuses):
 
 
 def test_an_end_cut_short_is_completed_next_time(trained, patches, tmp_path):
-    for name in ("score.pt", "score_resume.pt"):
-        (tmp_path / "checkpoints").mkdir(exist_ok=True)
-        (tmp_path / "checkpoints" / name).write_bytes((trained / "checkpoints" / name).read_bytes())
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     network = tmp_path / "checkpoints" / "score.pt"
     for old in (None, b"cut short"):
         network.unlink() if old is None else network.write_bytes(old)
@@ -459,9 +448,8 @@ def test_a_disk_that_fills_up_leaves_the_old_files(trained, tmp_path, refuses):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # less than half of the weights
     try:
-        refuses(
-            tmp_path, "train_score.py", f"--data patches.npy {SMALL} --epochs 3 --save-minutes 0", "score_resume.pt", "unchanged"
-        )
+        line = f"--data patches.npy {SMALL} --epochs 3 --save-minutes 0"
+        refuses(tmp_path, "train_score.py", line, "score_resume.pt", "unchanged")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -471,10 +459,11 @@ def test_one_training_at_a_time_has_a_name(patches, tmp_path, refuses):
         refuses(tmp_path, "train_score.py", f"--data {patches} {SMALL}", "another process", "score.pt")
 
 
-def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
+def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path, monkeypatch):
+    (tmp_path / "imagecodecs.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")  # takes long to load
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     process = start(tmp_path, "train_score.py", "--data samples")
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-        time.sleep(0.01)
+    assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
 
@@ -518,11 +507,7 @@ def test_a_divergence_of_the_recipe_keeps_its_last_state(patches, tmp_path):
     assert all(torch.equal(state["model"][k], state["averaged"][k]) for k in state["model"])  # no averaging
     before = contents(tmp_path)
     _, err = run(tmp_path, "train_score.py", recipe + " --lr 100 --epochs 50", code=2)
-    assert (
-        "diverged" in err.splitlines()[-1]
-        and err.splitlines()[-1].startswith("train_score.py: error")
-        and contents(tmp_path) == before
-    )
+    assert err.splitlines()[-1].startswith("train_score.py: error: the training diverged") and contents(tmp_path) == before
 
 
 def test_a_loss_that_climbs_is_a_divergence():
@@ -605,7 +590,7 @@ METHODS = {  # calls, and the sampler as it would be called directly
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_its_sampler(trained, tmp_path, monkeypatch, method):
     calls, sampler = METHODS[method]
-    for name, value in {"METHOD": method, "STEPS": 4, "SDE": "vp", "LANGEVIN_STEPS": 3, "LANGEVIN_STEP_SIZE": 2e-4}.items():
+    for name, value in {"METHOD": method, "SDE": "vp", "LANGEVIN_STEPS": 3, "LANGEVIN_STEP_SIZE": 2e-4}.items():
         monkeypatch.setattr(denoise, name, value)
     monkeypatch.setattr(denoise, "STEPS", None if method in ("mmse", "langevin") else 4)
     model = load_model(trained / "checkpoints" / "score.pt")
@@ -687,10 +672,8 @@ def test_a_white_priors_doubt_is_its_posterior_variance(monkeypatch):
     monkeypatch.setattr(denoise, "METHOD", "mmse")
     monkeypatch.setattr(denoise, "COMPONENTS", 2)
     model, y, variance = ScoreModel("unet", 0.01, 1.0, (32,), (1,)), torch.rand(3, 20, 30), 0.25**2 * 0.1**2 / (0.25**2 + 0.1**2)
-    job, maps = (
-        denoise.Job(mock.Mock(shape=(20, 30, 3), alpha=None), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]}),
-        {},
-    )
+    job = denoise.Job(mock.Mock(shape=(20, 30, 3), alpha=None), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]})
+    maps = {}
     monkeypatch.setattr(denoise, "write_map", lambda job, kind, variance: maps.update({kind: variance}))
     denoise.doubt(model, job, "cpu")
     torch.testing.assert_close(maps["uncertainty"], torch.full_like(y, variance))
@@ -841,21 +824,16 @@ def test_no_name_is_too_odd(trained, tmp_path):
     for name in names:
         with open(tmp_path / f"{name}.npy", "wb") as file:
             np.save(file, np.load(trained / "patches.npy")[0])
-    out, _ = run(
-        tmp_path, "denoise.py", f"in --sigma 0.1 --steps 2 --checkpoint {trained / 'checkpoints' / 'score.pt'} --device cpu"
-    )
-    assert out.count("wrote ") == 5 and "left out" not in out
-    assert (
-        len(list((tmp_path / "output").rglob("*_uncertainty.png"))) == 5 and (tmp_path / "output" / "link" / "b_sde.npy").exists()
-    )
+    line = f"in --sigma 0.1 --steps 2 --checkpoint {trained / 'checkpoints' / 'score.pt'} --device cpu"
+    out, _ = run(tmp_path, "denoise.py", line)
+    assert out.count("wrote ") == 5 and "left out" not in out and (tmp_path / "output" / "link" / "b_sde.npy").exists()
+    assert len(list((tmp_path / "output").rglob("*_uncertainty.png"))) == 5
 
 
 def test_all_that_is_written_is_named(trained, tmp_path):
     np.save(tmp_path / "a.npy", np.load(trained / "patches.npy")[0])
-    line = (
-        f"a.npy --sigma 0.1 --steps 2 --draws 2 --components 1 --checkpoint {trained / 'checkpoints' / 'score.pt'} --figures yes"
-    )
-    out, _ = run(tmp_path, "denoise.py", f"{line} --device cpu")
+    line = f"a.npy --sigma 0.1 --steps 2 --draws 2 --components 1 --checkpoint {trained / 'checkpoints' / 'score.pt'}"
+    out, _ = run(tmp_path, "denoise.py", f"{line} --figures yes --device cpu")
     named = {Path(path).name for path in re.findall(r"output/[\w.]+", out)}
     assert named == {path.name for path in (tmp_path / "output").iterdir() if path.name[0] != "."}
 
@@ -946,7 +924,7 @@ def test_the_fill_is_a_gaussians_posterior_mean():
 
 
 def test_what_is_not_wholly_seen_starts_from_noise():
-    y, levels, starts = torch.rand(3, 40, 50), sde.noise_levels(20.0, 0.01, 3), []
+    y, levels, starts = torch.linspace(0, 1, 6000).view(3, 40, 50), sde.noise_levels(20.0, 0.01, 3), []
     for A in (lambda x: x, None):
         job = denoise.Job(utils.Picture(None, (40, 50, 3), None), y, None, 0.1, levels, A)
         starts.append(denoise.sample(None, [job], "cpu", lambda denoiser, start, noise: start, 0, 0)[0][0])
@@ -1041,18 +1019,9 @@ def test_both_scripts_take_the_first_and_the_last_seed(trained, tmp_path, refuse
     refuses(tmp_path, "denoise.py", line, "nowhere")
 
 
-def test_the_last_seed_has_weights_of_its_own():
-    def first(seed):
-        torch.manual_seed(seed)
-        return next(ScoreModel("cnn3", 0.1, 0.1).parameters())
-
-    assert not torch.equal(first(0), first(2**32 - 1)) and torch.equal(first(0), first(2**32))
-
-
 def test_cifar10_without_network_or_data_says_what_to_do(trained, tmp_path, refuses, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nowhere")  # nobody listens there
+    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere/cifar-10-python.tar.gz")
     (tmp_path / "data").mkdir()
     refuses(tmp_path, "train_score.py", "--data cifar10", "connect to the network")
-    refuses(
-        tmp_path, "denoise.py", f"--input cifar10 --checkpoint {trained / 'checkpoints' / 'score.pt'}", "connect to the network"
-    )
+    line = f"--input cifar10 --checkpoint {trained / 'checkpoints' / 'score.pt'}"
+    refuses(tmp_path, "denoise.py", line, "connect to the network")

@@ -73,15 +73,6 @@ def test_time_is_the_inverse_of_sigma(process):
     torch.testing.assert_close(process.sigma(process.times(sigma)), sigma, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
-def test_drift_and_diffusion_carry_the_stated_variance(process):
-    # Var x_t = alpha^2 (C^2 + sigma^2) must solve v' = 2 f v + g^2; the derivative here is a central difference.
-    t, h = torch.linspace(0.1, 0.9, 9, dtype=torch.float64), 1e-5
-    variance = lambda t: process.alpha(t) ** 2 * (C**2 + process.sigma(t) ** 2)  # noqa: E731
-    slope = (variance(t + h) - variance(t - h)) / (2 * h)
-    torch.testing.assert_close(slope, 2 * process.drift(t) * variance(t) + process.diffusion(t) ** 2, rtol=1e-6, atol=1e-8)
-
-
 def test_ve_has_the_published_coefficients():
     # Song et al. 2021, app. C: g = sigma_min (sigma_max / sigma_min)^t sqrt(2 log(sigma_max / sigma_min)).
     t = torch.linspace(0, 1, 5, dtype=torch.float64)

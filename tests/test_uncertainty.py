@@ -94,17 +94,6 @@ def test_a_few_probes_give_the_expected_error():
     assert (errors < 4.5 * (off.sum(1) / (200 * 8)).sqrt()).all()  # of 48 values
 
 
-def test_the_expected_error_is_the_error():
-    # x0 and y are drawn from the prior; the squared error is a quadratic form of variance 2 tr Cov^2.
-    K, denoiser = prior((1, 4, 4))
-    n, cov = 2000, covariance(prior((1, 4, 4))[0], SIGMA)
-    x0 = MU + (torch.linalg.cholesky(K) @ normal(n, 16, 1)).reshape(n, 1, 4, 4)
-    y = x0 + SIGMA * normal(n, 1, 4, 4, seed=1)
-    denoised, variance = sde.expected_error(denoiser, y, SIGMA, probes=16, noise=hadamard((1, 4, 4)))
-    difference = ((denoised - x0) ** 2).sum().item() / n - variance.sum().item() / n
-    assert abs(difference) < 4 * math.sqrt(2 * (cov**2).sum().item() / n)
-
-
 def test_the_spread_of_draws_is_the_expected_error():
     # Two maps of uncertainty from one denoiser: of Adams' draws, to 4 standard errors of a variance, and of the Jacobian.
     _, denoiser = prior((1, 4, 4))
