@@ -830,9 +830,11 @@ def test_no_name_is_too_odd(trained, tmp_path):
     assert len(list((tmp_path / "output").rglob("*_uncertainty.png"))) == 5
 
 
-def test_all_that_is_written_is_named(trained, tmp_path):
-    np.save(tmp_path / "a.npy", np.load(trained / "patches.npy")[0])
-    line = f"a.npy --sigma 0.1 --steps 2 --draws 2 --components 1 --checkpoint {trained / 'checkpoints' / 'score.pt'}"
+@pytest.mark.parametrize("name", ["a", 83 * "\N{CJK UNIFIED IDEOGRAPH-65E5}"], ids=["short", "249 bytes"])
+def test_all_that_is_written_is_named(trained, tmp_path, name):
+    with open(tmp_path / f"{name}.npy", "wb") as file:
+        np.save(file, np.load(trained / "patches.npy")[0])
+    line = f"{name}.npy --sigma 0.1 --steps 2 --draws 2 --components 1 --checkpoint {trained / 'checkpoints' / 'score.pt'}"
     out, _ = run(tmp_path, "denoise.py", f"{line} --figures yes --device cpu")
     named = {Path(path).name for path in re.findall(r"output/[\w.]+", out)}
     assert named == {path.name for path in (tmp_path / "output").iterdir() if path.name[0] != "."}
