@@ -112,7 +112,6 @@ class Job:
     unsure: bool = False  # whether to tell its uncertainty
     results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W), network calls, seconds]
     error: float | None = None  # expected squared error of the one-step estimate: the mean variance of a value of x0 given y
-    components: tuple = ()  # main directions of doubt: standard deviations (K,) and directions (K, C, H, W)
     frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
     written: list = field(default_factory=list)  # paths of all that was
 
@@ -365,13 +364,16 @@ def work(job):
 
 
 def denoise(model, jobs, device, filmed, bar=None):
-    """Give each job its one-step estimate and its draws; keep the frames of the first draw of the first `filmed` jobs."""
+    """Give each job its one-step estimate and its draws, and write them; keep the frames of the first draw of `filmed` jobs.
+
+    What is written of somebody's own picture is let go, since it may be large, unless it is needed again.
+    """
     levels, draws = jobs[0].levels, draws_of(jobs[0])
     network = utils.tiled(model, BATCH_PIXELS, bar)
     passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse" and not jobs[0].A)
     passes += [(METHOD, methods()[METHOD].sampler, levels, draw) for draw in range(draws)]
     for method, sampler, levels, draw in passes:
-        first = filmed if method == METHOD and draw == 0 else 0
+        first, last = filmed if method == METHOD and draw == 0 else 0, draw + 1 == (draws if method == METHOD else 1)
         began = time.perf_counter()
         images, film = sample(network, jobs, device, functools.partial(sampler, levels=levels), draw, first)
         seconds = (time.perf_counter() - began) / len(jobs)
@@ -380,6 +382,11 @@ def denoise(model, jobs, device, filmed, bar=None):
             job.results[method] = [together, film.calls, seconds]
         for k, job in enumerate(jobs[:first]):
             job.frames = [(sigma, x[k].cpu(), denoised[k].cpu()) for sigma, x, denoised in film.frames]
+        del images, image, together
+        for k, job in enumerate(jobs if last else []):
+            write(job, method)
+            if k >= filmed and draw == 0 and not COMPONENTS and job.x0 is None:
+                job.results[method][0] = torch.empty(1, 0)
 
 
 def fill(y, A, sigma, like):
@@ -414,12 +421,10 @@ def sample(network, jobs, device, sampler, draw, filmed):
 def carry_out(model, jobs, device, filmed, bar, refused):
     """Give jobs that are alike all that is asked for, and write it; yield them, but for those that go to `refused`, with why."""
     try:
+        denoise(model, jobs, device, filmed, bar)
         for job in jobs:
             if job.unsure:
                 doubt(model, job, device, bar)
-        denoise(model, jobs, device, filmed, bar)
-        for job in jobs:
-            write(job)
     except ValueError as error:
         for job in jobs:
             job.results.clear(), job.written.clear()
@@ -433,7 +438,7 @@ def carry_out(model, jobs, device, filmed, bar, refused):
 
 
 def doubt(model, job, device, bar=None):
-    """Give a job its expected error and the main directions of doubt of its middle; write the map of uncertainty."""
+    """Give a job its expected error; write its map of uncertainty and the main directions of doubt of its middle."""
     y, size = job.y[None].to(device), job.picture.shape[:2]
     noise = utils.seeded_noise([job.seed(0)], device)
     if probes := probes_of(job):
@@ -444,7 +449,9 @@ def doubt(model, job, device, bar=None):
     if COMPONENTS:
         middle = utils.crop(y, 128)
         variances, directions = sde.principal_components(of_any_kind(model), middle, job.sigma, COMPONENTS, noise=noise)
-        job.components = variances[0].clamp(min=0).sqrt().cpu(), directions[0].cpu()
+        deviations, denoised = variances[0].clamp(min=0).sqrt().cpu(), job.results["mmse"][0][0]
+        utils.save_components(job.path("_components.png"), utils.crop(denoised, 128), deviations, directions[0].cpu())
+        job.wrote(job.path("_components.png"))
 
 
 # -----------------------------------------------------------------------------
@@ -461,23 +468,20 @@ def is_file(output):
     return Path(output).suffix.lower() in utils.SUFFIXES
 
 
-def write(job):
-    """Write what is asked for of a job, in place of no file but our own."""
-    picture, images, draws = job.picture, {}, job.results[METHOD][0]
+def write(job, method):
+    """Write what a method gave, in place of no file but our own: its images and, of draws, their mean, spread and frames."""
+    picture, images = job.picture, job.results[method][0]
     save = lambda path, image: utils.write_picture(path, picture, image.permute(1, 2, 0).numpy(), job.owner)  # noqa: E731
     if is_file(OUTPUT):
-        job.written.append(save(OUTPUT, draws[0]))
+        if method == METHOD:
+            job.written.append(save(OUTPUT, images[0]))
         return
-    for method, (several, *_) in job.results.items():
-        images |= {f"{method}_{k + 1}" if len(several) > 1 else method: image for k, image in enumerate(several)}
-    if (DRAWS or job.A) and len(draws) > 1:
-        images["mean"] = draws.mean(0)
-        write_map(job, "spread", draws.var(0))
-    job.written = [save(job.path(f"_{kind}{picture.suffix}"), image) for kind, image in images.items()] + job.written
-    if len(job.components):
-        path = job.path("_components.png")
-        utils.save_components(path, utils.crop(job.results["mmse"][0][0], 128), *job.components)
-        job.wrote(path)
+    named = {f"{method}_{k + 1}" if len(images) > 1 else method: image for k, image in enumerate(images)}
+    asked = (DRAWS or job.A) and len(images) > 1
+    named |= {"mean": images.mean(0)} if asked else {}
+    job.written += [save(job.path(f"_{kind}{picture.suffix}"), image) for kind, image in named.items()]
+    if asked:
+        write_map(job, "spread", images.var(0))
     if job.frames:
         write_frames(job)
 

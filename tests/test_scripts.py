@@ -667,17 +667,36 @@ def test_the_noise_can_be_held_while_the_draw_changes(trained, monkeypatch):
     assert len({*seeds, *others, *of_others}) == 6
 
 
-def test_a_white_priors_doubt_is_its_posterior_variance(monkeypatch):
+@pytest.mark.parametrize("draws, kept", [(1, [0, 0]), (2, [0, 1])])
+def test_what_is_written_of_an_own_picture_is_let_go(trained, monkeypatch, tmp_path, draws, kept):
+    # Of a large one each image is hundreds of megabytes; draws are kept together, for their mean and spread.
+    utils.save_image(tmp_path / "mine.png", torch.rand(3, 16, 20))
+    values = {"INPUT": (str(tmp_path / "mine.png"),), "OUTPUT": str(tmp_path / "out"), "SIGMA": 0.1, "STEPS": 2, "DRAWS": draws}
+    for name, value in values.items():
+        monkeypatch.setattr(denoise, name, value)
+    model = load_model(trained / "checkpoints" / "score.pt")
+    (job,) = read_jobs(model)
+    denoise.denoise(model, [job], "cpu", 0)
+    assert [int(job.results[method][0].numel() > 0) for method in ("mmse", "sde")] == kept
+    assert len(job.written) == 2 + 4 * (draws > 1) and all(path.exists() for path in job.written)
+
+
+def test_a_white_priors_doubt_is_its_posterior_variance(monkeypatch, tmp_path):
     # An untrained U-Net is the Wiener estimate for independent pixels of variance c^2: all have c^2 s^2 / (c^2 + s^2) given y.
     monkeypatch.setattr(denoise, "METHOD", "mmse")
     monkeypatch.setattr(denoise, "COMPONENTS", 2)
     model, y, variance = ScoreModel("unet", 0.01, 1.0, (32,), (1,)), torch.rand(3, 20, 30), 0.25**2 * 0.1**2 / (0.25**2 + 0.1**2)
-    job = denoise.Job(mock.Mock(shape=(20, 30, 3), alpha=None), y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]})
+    picture = mock.Mock(shape=(20, 30, 3), alpha=None, source="white", suffix=".png")
+    picture.name = "white"
+    job = denoise.Job(picture, y, None, 0.1, LEVELS, results={"mmse": [y[None], 1, 0.0]})
     maps = {}
     monkeypatch.setattr(denoise, "write_map", lambda job, kind, variance: maps.update({kind: variance}))
-    denoise.doubt(model, job, "cpu")
+    monkeypatch.setattr(denoise, "OUTPUT", str(tmp_path))
+    with mock.patch.object(utils, "save_components", lambda path, middle, *found: path.touch() or maps.update(found=found)):
+        denoise.doubt(model, job, "cpu")
     torch.testing.assert_close(maps["uncertainty"], torch.full_like(y, variance))
-    torch.testing.assert_close(job.components[0], torch.full((2,), variance**0.5))
+    torch.testing.assert_close(maps["found"][0], torch.full((2,), variance**0.5))
+    assert job.written == [tmp_path / "white_components.png"]
     assert abs(job.rows()[0]["expected PSNR"] + 10 * math.log10(variance)) < 1e-4
 
 
