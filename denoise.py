@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import tqdm
 
@@ -110,7 +111,7 @@ class Job:
     levels: torch.Tensor  # falling noise levels, from where the sampler starts
     A: Callable | None = None  # (B, C, H, W) -> (B, C, h, w), of which y is the noisy result, if y is not the picture itself
     unsure: bool = False  # whether to tell its uncertainty
-    results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W), network calls, seconds]
+    results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W) or, let go, (1, 0), network calls, seconds]
     error: float | None = None  # expected squared error of the one-step estimate: the mean variance of a value of x0 given y
     frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
     written: list = field(default_factory=list)  # paths of all that was
@@ -148,7 +149,7 @@ class Job:
     def rows(self):
         """Return rows of the table, one a method, as a mean over its draws, and one of the mean of the draws."""
         results = {} if self.x0 is None else {"as seen" if self.A else "noisy": [self.seen()[None], 0, 0.0]}
-        results |= self.results
+        results |= {method: self.results[method] for method in ("mmse", METHOD) if method in self.results}
         images, calls, seconds = results[METHOD]
         if len(images) > 1:
             results[f"mean of {len(images)}"] = [images.mean(0, keepdim=True), len(images) * calls, len(images) * seconds]
@@ -202,6 +203,8 @@ def picture_level(denoiser, y, low, high):
     probes = 4 if len(tiles) == 1 else 1
     level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True, start)[0].item()  # noqa: E731
     sigma = level(part)
+    if (lone := impulses(tiles.cpu().numpy(), sigma)) > 2e-3:
+        return sigma, f"lone values of black or white ({lone:.1%}), as of salt and pepper: not Gaussian, some may stay"
     if y.shape[1] == 3 and min(tiles.shape[2:]) >= 32:
         fine, coarse = level(luma, sigma), level(functools.partial(luma, block=2), sigma)
         brightness = coarse if fine < 0.05 and coarse > 2 * fine else fine  # stronger noise is not smoothed away
@@ -233,6 +236,14 @@ def remarks(denoiser, tiles, sigma, low, high, part):
     if tiles[:, 0].numel() < 16**2:
         found.append("judged by few pixels")
     return ", ".join(found) + ": expect less of the result" * bool(found)
+
+
+def impulses(values, sigma):
+    """Return the share of values (B, C, H, W) that stand alone at 0 or 1, farther from those around than noise takes them."""
+    ring = np.array([[[[1, 1, 1], [1, 0, 1], [1, 1, 1]]]])
+    white = (values == 1) & (ndimage.maximum_filter(values, footprint=ring) < 1)
+    black = (values == 0) & (ndimage.minimum_filter(values, footprint=ring) > 0)
+    return ((white | black) & (abs(values - ndimage.median_filter(values, footprint=ring)) > max(0.3, 4 * sigma))).mean()
 
 
 def places(denoiser, tiles, sigma, part):
@@ -325,6 +336,8 @@ def make_job(picture, model, device, rng, notify, listed):
     if not (A or low <= sigma <= high):
         trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
         raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
+    values = utils.crop(y, 128).numel()
+    utils.check(values >= COMPONENTS, "COMPONENTS", COMPONENTS, f"must be at most {values}, the values of '{picture.name}'")
     least = methods()[METHOD].steps
     steps = 1 if least == 1 else STEPS or (max(30, least) if A else least)
     start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
@@ -364,14 +377,15 @@ def work(job):
 
 
 def denoise(model, jobs, device, filmed, bar=None):
-    """Give each job its one-step estimate and its draws, and write them; keep the frames of the first draw of `filmed` jobs.
+    """Give each job its one-step estimate and its draws, and write them; keep the frames of a draw of `filmed` jobs.
 
     What is written of somebody's own picture is let go, since it may be large, unless it is needed again.
     """
     levels, draws = jobs[0].levels, draws_of(jobs[0])
     network = utils.tiled(model, BATCH_PIXELS, bar)
-    passes = [("mmse", sde.adams, levels[:1], 0)] * (METHOD != "mmse" and not jobs[0].A)
-    passes += [(METHOD, methods()[METHOD].sampler, levels, draw) for draw in range(draws)]
+    passes = [(METHOD, methods()[METHOD].sampler, levels, draw) for draw in range(draws)]
+    if METHOD != "mmse" and not jobs[0].A:
+        passes.append(("mmse", sde.adams, levels[:1], 0))  # last, since it cannot diverge: nothing is written of what does
     for method, sampler, levels, draw in passes:
         first, last = filmed if method == METHOD and draw == 0 else 0, draw + 1 == (draws if method == METHOD else 1)
         began = time.perf_counter()
@@ -382,10 +396,10 @@ def denoise(model, jobs, device, filmed, bar=None):
             job.results[method] = [together, film.calls, seconds]
         for k, job in enumerate(jobs[:first]):
             job.frames = [(sigma, x[k].cpu(), denoised[k].cpu()) for sigma, x, denoised in film.frames]
-        del images, image, together
+        del images, image, together  # which would stay in memory through the next pass
         for k, job in enumerate(jobs if last else []):
             write(job, method)
-            if k >= filmed and draw == 0 and not COMPONENTS and job.x0 is None:
+            if k >= filmed and job.x0 is None and len(job.results[method][0]) == 1 and not COMPONENTS:
                 job.results[method][0] = torch.empty(1, 0)
 
 
@@ -427,7 +441,7 @@ def carry_out(model, jobs, device, filmed, bar, refused):
                 doubt(model, job, device, bar)
     except ValueError as error:
         for job in jobs:
-            job.results.clear(), job.written.clear()
+            job.results.clear(), job.frames.clear()
         if len(jobs) == 1:
             refused.append((jobs[0].picture.name, str(error)))
         else:  # because of one of them
@@ -482,7 +496,7 @@ def write(job, method):
     job.written += [save(job.path(f"_{kind}{picture.suffix}"), image) for kind, image in named.items()]
     if asked:
         write_map(job, "spread", images.var(0))
-    if job.frames:
+    if method == METHOD and job.frames:
         write_frames(job)
 
 

@@ -400,10 +400,14 @@ def _frames(path):
                 if image.format == "MPO":  # the second is a map of brightness or a preview
                     note = f"{image.n_frames} pictures, of which the first is read"
                 info = {key: frame.info[key] for key in ("icc_profile", "exif", "dpi") if frame.info.get(key)}
+                info |= _jpeg2000_profile(head) if image.format == "JPEG2000" else {}
                 if not all(0 < dots < 1e5 for dots in info.get("dpi", ())):
                     del info["dpi"]
                 suffix = ".tif" if image.format == "TIFF" or mode in ("F", "CMYK") else ".png"
                 array = np.asarray(frame.convert(mode)) if deep is None else _upright(deep, orientation)
+                if mode == "I;16" and "transparency" in image.info:  # the one level of grey that is clear
+                    opaque = (array != image.info["transparency"]) * np.uint16(65535)
+                    array = np.dstack([array, opaque])
                 if image.format == "WEBP" and np.ptp(array[..., :3], axis=2).max() <= 1:  # it has no grey: rounded apart
                     array = array[..., [1, 1, 1, 3][: array.shape[2]]]
                 yield _raw(array, mode == "CMYK", suffix=suffix, info=info, note=note)
@@ -424,6 +428,12 @@ def _deep(path, image, head, k):
     else:
         return None
     return array if most == 65535 else np.rint(array * np.float32(65535 / most)).astype(np.uint16)
+
+
+def _jpeg2000_profile(head):  # from the box that says what its colours are, which Pillow does not read
+    start = head.find(b"colr\2") + 7
+    profile = head[start : start - 11 + int.from_bytes(head[start - 11 : start - 7], "big")] if start > 10 else b""
+    return {"icc_profile": profile} if profile[36:40] == b"acsp" else {}
 
 
 def _deep_tiff(page):

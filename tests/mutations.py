@@ -85,6 +85,7 @@ model.py
     network left in training mode ¦ return model.eval().requires_grad_(False) ¦ return model.requires_grad_(False) ¦ model: bit_for_bit
 denoise.py
     a transparent layer masks all ¦  & (mask.alpha is None or mask.alpha > 0) ¦  ¦ scripts: opaque
+    impulses beside their like ¦ (values == 1) & (ndimage.maximum_filter(values, footprint=ring) < 1) ¦ (values == 1) ¦ uncertainty: salt
     written pictures kept in memory ¦ job.results[method][0] = torch.empty(1, 0) ¦ pass ¦ scripts: let_go
     one picture stops those beside it ¦ if len(jobs) == 1: ¦ if jobs: ¦ scripts: cannot_be_denoised
     added noise ignores seed ¦ default_rng(SEED) ¦ default_rng(0) ¦ denoising

@@ -80,6 +80,7 @@ def palette(folder):
 
 
 DEEP = scene(high=65535, dtype=np.uint16)
+CLEAR = int(DEEP[5, 5, 0])
 LA = {"planarconfig": "contig", "extrasamples": [2]}
 PLANES = DEEP.transpose(2, 0, 1)
 FLOAT = scene(low=0.01, high=0.99, dtype=np.float32)
@@ -99,6 +100,7 @@ KINDS = {
     "RGB PNG with a clear colour": (pillow("a.png", scene(), transparency=(0, 0, 0)), 3, ".png", (4,), "uint8", ""),
     "16-bit grey PNG": (pillow("a.png", grey(high=65535, dtype=np.uint16)), 1, ".png", (), "uint16", ""),
     "16-bit grey PNG with alpha": (png16(alpha(1, np.uint16)), 1, ".png", (2,), "uint16", ""),
+    "16-bit grey PNG with a clear level": (pillow("a.png", DEEP[:, :, 0], transparency=CLEAR), 1, ".png", (2,), "uint16", ""),
     "16-bit RGB PNG": (png16(DEEP), 3, ".png", (3,), "uint16", ""),
     "16-bit RGB PNG with alpha": (png16(alpha(3, np.uint16)), 3, ".png", (4,), "uint16", ""),
     "12 bit in 16-bit PNG": (png16(scene(high=4095, dtype=np.uint16)), 3, ".png", (3,), "uint16", "4095 (white)"),
@@ -261,6 +263,19 @@ def test_the_profile_is_kept_and_the_picture_upright(tmp_path, name):
         assert image.size == (HEIGHT, WIDTH) and image.info["icc_profile"] == PROFILE
         assert image.getexif().get(0x0112, 1) == 1
         assert name == "a.tif" or image.getexif()[0x010F] == "maker"
+
+
+def test_the_profile_of_jpeg_2000_is_kept(tmp_path):
+    pillow("a.jp2", scene())(tmp_path)
+    plain = (tmp_path / "a.jp2").read_bytes()
+    colours, length = plain.index(b"colr") - 4, lambda data: (len(data) + 4).to_bytes(4, "big")
+    assert plain[colours - 22 - 8 + 4 : colours - 22] == b"jp2h" and plain[colours : colours + 4] == b"\0\0\0\x0f"
+    box = b"colr\2\0\0" + PROFILE  # ISO 15444-1, I.5.3.3: method 2 is a restricted profile
+    inside = plain[colours - 22 : colours] + length(box) + box
+    header = b"jp2h" + inside
+    (tmp_path / "a.jp2").write_bytes(plain[: colours - 30] + length(header) + header + plain[colours + 15 :])
+    (picture,), said = read(tmp_path / "a.jp2")
+    assert not said and picture.info["icc_profile"] == PROFILE and picture.shape == (HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -270,6 +270,18 @@ def test_a_level_at_an_end_of_the_range_is_told(low, high, words):
     assert low <= sigma <= high and words in note and bool(words) == bool(note)
 
 
+def test_salt_and_pepper_is_told_from_what_else_is_black_or_white():
+    x0 = torch.linspace(0, 1, 64, dtype=torch.float64).expand(1, 3, 64, 64)
+    noisy = lambda sigma: (x0 + sigma * normal(1, 3, 64, 64)).clamp(0, 1)  # noqa: E731
+    u = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    speckled = torch.where(u < 0.02, 0.0, torch.where(u > 0.98, 1.0, noisy(0.03)))  # 4 % of the pixels
+    drawn = noisy(0.03).index_fill(3, torch.arange(9, 60, 9), 1.0)  # lines of one pixel
+    assert 0.02 < denoise.impulses(speckled.numpy(), 0.03) < 0.04
+    for plain, sigma in ((noisy(0.03), 0.03), (noisy(0.3), 0.3), (drawn, 0.03)):
+        assert denoise.impulses(plain.numpy(), sigma) < 1e-3
+    assert "salt and pepper" in denoise.picture_level(known(x0), speckled, 0.01, 1.0)[1]
+
+
 @pytest.mark.parametrize("clipped", [True, False])
 def test_clipping_is_seen_in_the_values_whatever_their_kind(clipped):
     x0 = torch.linspace(0, 1, 64, dtype=torch.float64).expand(1, 3, 64, 64)
