@@ -85,8 +85,9 @@ class WindowAttention(nn.Module):
     """x + conv(softmax(q k / sqrt(8)) v) in heads of 32 channels, among the positions of each window (Vaswani et al. 2017).
 
     Queries and keys are normalised (Henry et al. 2020), so that no logit grows beyond 32 / sqrt(8). Windows are aligned to the
-    first pixel; those at the far edges are as large as what is left of the picture. The attention is written out, since the
-    library's own is slower here on a CPU, the more so backwards; some windows at a time, which is faster and takes less memory.
+    first pixel; those at the far edges are as large as what is left of the picture. On a CPU the attention is written out, since
+    the library's own is slower there, the more so backwards, and takes some windows at a time, which is faster and takes less
+    memory; a GPU takes the library's, and all windows at once.
     """
 
     def __init__(self, channels, window):
@@ -106,14 +107,19 @@ class WindowAttention(nn.Module):
             return t.reshape(-1, w * w, heads, t.shape[-1] // heads).transpose(1, 2)
 
         def attend(q, k, v, there):  # -> (windows, w * w, heads, 32)
-            logits = F.rms_norm(q, (32,)) / 8**0.5 @ F.rms_norm(k, (32,)).transpose(2, 3)
-            if any(padding):  # nobody looks at what is not there
-                logits = logits.masked_fill(~there, -math.inf)
+            q, k = F.rms_norm(q, (32,)), F.rms_norm(k, (32,))
+            mask = there if any(padding) else None  # nobody looks at what is not there
+            if x.is_cuda:
+                return F.scaled_dot_product_attention(q, k, v, mask, scale=8**-0.5).transpose(1, 2)
+            logits = q / 8**0.5 @ k.transpose(2, 3)
+            if mask is not None:
+                logits = logits.masked_fill(~mask, -math.inf)
             return (logits.softmax(-1) @ v).transpose(1, 2)
 
         q, k, v = (windows(t, t.shape[1] // 32) for t in self.qkv(x).chunk(3, dim=1))
         there = windows(torch.ones_like(x[:, :1]), 1).transpose(2, 3) > 0
-        h = torch.cat([attend(*some) for some in zip(*(t.split(32) for t in (q, k, v, there)))])
+        some = len(q) if x.is_cuda else 32
+        h = torch.cat([attend(*parts) for parts in zip(*(t.split(some) for t in (q, k, v, there)))])
         h = h.reshape(len(x), -(-height // w), -(-width // w), w, w, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return x + self.out(h[:, :height, :width].permute(0, 3, 1, 2))
 
@@ -122,10 +128,11 @@ class UNet(nn.Module):
     """A U-Net with added (not concatenated) skips; `widths`, `blocks` and `attention` are per resolution, finest first.
 
     Where `attention` is 1, the stage on the way up (at the coarsest resolution: the only one) has an attention layer, in
-    windows of 32 x 32 pixels of the picture: the size of the images that the network is trained on.
+    windows of 32 x 32 pixels of the picture: the size of the images that the network is trained on. `features` is the number
+    of features that tell each block the noise level.
     """
 
-    def __init__(self, widths, blocks, attention, features=96):
+    def __init__(self, widths, blocks, attention, features):
         super().__init__()
         shapes = [(w, n, features, a * 32 // 2**i) for i, (w, n, a) in enumerate(zip(widths, blocks, attention))]
         self.embedding = NoiseEmbedding(features)
@@ -180,6 +187,7 @@ class ScoreModel(nn.Module):
     network "cnn3" is the score itself, at the single level it was trained for:
         D(x, sigma) = x + sigma^2 F(x).
 
+    widths, blocks, attention, features: those of UNet; the first checkpoints have 96 features, and do not say so.
     sigma_min, sigma_max: the trained range of noise levels. Outside it the network is asked as at the nearest end, while the
     arithmetic around it keeps to the level asked for: an extrapolation, and with "unet" one that stays an image.
     bfloat16: run the network's products in bfloat16 (about 5 times faster where the hardware has it); everything
@@ -189,7 +197,7 @@ class ScoreModel(nn.Module):
 
     sigma_data = 0.25  # standard deviation of the pixels of natural images around 0.5
 
-    def __init__(self, network, sigma_min, sigma_max, widths=(), blocks=(), attention=(), bfloat16=False):
+    def __init__(self, network, sigma_min, sigma_max, widths=(), blocks=(), attention=(), features=96, bfloat16=False):
         super().__init__()
         attention = attention or (0,) * len(widths)
         if not 1e-6 <= sigma_min <= sigma_max <= 1e6:
@@ -199,11 +207,12 @@ class ScoreModel(nn.Module):
         if network == "cnn3" and sigma_min != sigma_max:
             raise ValueError(f"network 'cnn3' has one noise level: sigma_min {sigma_min} and sigma_max {sigma_max} must be equal")
         if network == "unet":
-            _check_shape(widths, blocks, attention)
+            _check_shape(widths, blocks, attention, features)
         self.config = dict(network=network, sigma_min=sigma_min, sigma_max=sigma_max)
-        self.config |= dict(widths=tuple(widths), blocks=tuple(blocks), attention=tuple(attention))
+        if network == "unet":
+            self.config |= dict(widths=tuple(widths), blocks=tuple(blocks), attention=tuple(attention), features=features)
         self.sigma_min, self.sigma_max, self.bfloat16 = sigma_min, sigma_max, bfloat16
-        self.net = CNN3() if network == "cnn3" else UNet(widths, blocks, attention)
+        self.net = CNN3() if network == "cnn3" else UNet(widths, blocks, attention, features)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, sigma):
@@ -235,12 +244,13 @@ class ScoreModel(nn.Module):
         return out.to(x.dtype)
 
 
-def _check_shape(widths, blocks, attention):
-    numbers = [*widths, *blocks, *attention]
+def _check_shape(widths, blocks, attention, features):
+    numbers = [*widths, *blocks, *attention, features]
     if not (len(widths) == len(blocks) == len(attention) in range(1, 6) and all(type(n) is int for n in numbers)):
-        raise ValueError(f"give 1 to 5 integers each, as many as each other: {widths=}, {blocks=}, {attention=}")
-    if not all(1 <= w <= 2048 and 1 <= n <= 100 for w, n in zip(widths, blocks)):
-        raise ValueError(f"widths {tuple(widths)} must lie between 1 and 2048, and blocks {tuple(blocks)} between 1 and 100")
+        raise ValueError(f"give integers, 1 to 5 and as many as each other: {widths=}, {blocks=}, {attention=}; {features=}")
+    if not (all(1 <= w <= 2048 for w in (*widths, features)) and all(1 <= n <= 100 for n in blocks)):
+        what = f"widths {tuple(widths)} and features {features} must lie between 1 and 2048"
+        raise ValueError(f"{what}, and blocks {tuple(blocks)} between 1 and 100")
     if (weights := sum(18 * n * w**2 for w, n in zip(widths, blocks))) > 5e8:
         raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} make {weights:.1g} weights: at most 5e8")
     if any(a not in (0, 1) or (a and w % 32) for a, w in zip(attention, widths)):

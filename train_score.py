@@ -9,8 +9,9 @@ The loss (Vincent 2011), for clean images x0 and x = x0 + sigma n, is
     E lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2  =  E lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
 
 Ctrl-C saves and stops; a crash loses the time since the last save. Run the same command again to go on, with the
-same result as if it had not stopped; with more --epochs it goes on beyond. `torchrun --nproc-per-node=N train_score.py`
-shares each batch among N processes, a GPU for each where there are any, with the result of one to rounding.
+same result as if it had not stopped (on a GPU, to rounding); with more --epochs it goes on beyond. `torchrun
+--nproc-per-node=N train_score.py` shares each batch among N processes, a GPU for each where there are any, with the
+result of one to rounding.
 """
 
 import signal
@@ -45,9 +46,10 @@ TEST = "none"  # measured once at the end, on the first 1,000: "cifar10" (its te
 FLIP = True  # flip each image left to right with probability 1/2
 # network
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
-WIDTHS = (32, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 run fastest
-BLOCKS = (2, 3, 2)  # unet: residual blocks per resolution
+WIDTHS = (64, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 run fastest
+BLOCKS = (1, 3, 2)  # unet: residual blocks per resolution
 ATTENTION = (0, 1, 1)  # unet: 1 where a resolution has an attention layer, on the way up
+FEATURES = 48  # unet: features that tell each block the noise level
 INIT = "none"  # checkpoint to start from, to fine-tune it on other images; "none": random weights
 # noise, in units of [0, 1] pixels
 SIGMA_MIN = 0.005  # lowest noise level
@@ -55,18 +57,20 @@ SIGMA_MAX = 20.0  # highest noise level; equal for one level
 TAILS = 0.05  # share of the levels below 0.015, and another of those above 0.7; log-uniform there and between
 # optimiser
 OPTIMIZER = "muon"  # "muon" (for the hidden convolutions, with Adam for the rest) or "adam" (for all)
-EPOCHS = 26  # passes over the data
-BATCH_SIZE = 32  # images per step
-LR = 3e-3  # learning rate of both optimisers; Muon moves a weight by 0.2 LR a step, Adam by about as much
+EPOCHS = 226  # passes over the data; for a CPU, or few images: 26, in batches of 32 at a rate of 3e-3
+BATCH_SIZE = 512  # images per step
+LR = 4e-3  # learning rate of both optimisers; Muon moves a weight by 0.2 LR a step, Adam by about as much
+WEIGHT_DECAY = 0.1  # Muon's weights shrink by this times the learning rate in each step
 WARMUP = 500  # steps over which the learning rate rises from zero
 DECAY = 0.8  # last fraction of the training over which it falls linearly to zero; 0 keeps it constant
-CLIP = 5.0  # largest norm of a gradient, some twice the usual one: a rare outlier would steer Muon for many steps
+CLIP = 5.0  # largest norm of a gradient; twice the usual one of 32 images: a rare outlier would steer Muon for many steps
 EMA = 0.999  # decay per step of the averaged weights, which are the ones kept; 0 keeps the last
 # run
 NAME = "score"  # of checkpoints/NAME.pt and figures/NAME_training.png
 SEED = 0  # decides weights, order, flips and noise
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # of the network: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
+COMPILE = False  # compile the network first: takes a minute, and a C compiler; a GPU then trains almost three times as fast
 SAVE_MINUTES = 5.0  # minutes between saves
 LOG_STEPS = 100  # steps per point of the loss curve
 VAL_SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5)  # noise levels of the validation; those outside the range are left out
@@ -134,7 +138,7 @@ def learning_rate(step, steps, lr, warmup, decay):
     return lr * rise * fall
 
 
-def make_optimizers(model, optimizer, lr):
+def make_optimizers(model, optimizer, lr, weight_decay):
     """Return the optimisers that together train the model.
 
     Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates) replaces the update
@@ -148,26 +152,57 @@ def make_optimizers(model, optimizer, lr):
     hidden = [m.weight for m in convolutions[1:-1]] if optimizer == "muon" else []
     taken, betas = {id(weight) for weight in hidden}, (0.9, 0.95 if hidden else 0.999)
     adam = torch.optim.Adam([p for p in model.parameters() if id(p) not in taken], lr=lr, betas=betas, fused=True)
-    return [adam, HiddenMuon(hidden, lr=lr)] if hidden else [adam]
+    return [adam, HiddenMuon(hidden, lr, weight_decay)] if hidden else [adam]
 
 
 class HiddenMuon(torch.optim.Muon):
-    """torch's Muon, which takes matrices alone, for convolutions in channels_last: their weights, seen as matrices."""
+    """torch's Muon for convolutions in channels_last: their weights, seen as matrices, those of one shape all at once.
 
-    def __init__(self, weights, lr):
+    torch's own step takes the matrices one by one, in some thirty small operations each, between which a GPU waits for the CPU.
+    """
+
+    def __init__(self, weights, lr, weight_decay):
         self.weights = weights
-        matrices = [nn.Parameter(self.as_matrix(w.detach())) for w in weights]
-        super().__init__(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        super().__init__([nn.Parameter(self.as_matrix(w.detach())) for w in weights], lr=lr, weight_decay=weight_decay)
+        for matrix in self.param_groups[0]["params"]:
+            self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
 
     @staticmethod
     def as_matrix(weight):  # (out, in, height, width) -> (out, height * width * in); `view` refuses to copy
         return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
+    @torch.no_grad()
     def step(self):
-        for matrix, weight in zip(self.param_groups[0]["params"], self.weights):
-            assert matrix.data_ptr() == weight.data_ptr(), "the weights have moved in memory since the optimiser was made"
-            matrix.grad = self.as_matrix(weight.grad)
-        super().step()
+        group, by_shape = self.param_groups[0], {}
+        matrices, momentum = group["params"], group["momentum"]
+        where = [weight.data_ptr() for weight in self.weights]
+        assert where == [m.data_ptr() for m in matrices], "the weights have moved in memory since the optimiser was made"
+        gradients = [self.as_matrix(weight.grad) for weight in self.weights]
+        means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        for matrix, ahead in zip(matrices, torch._foreach_lerp(gradients, means, momentum)):
+            by_shape.setdefault(matrix.shape, []).append((matrix, ahead))
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        for shape, pairs in by_shape.items():
+            some, ahead = zip(*pairs)
+            moves = orthogonal(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"])
+            length = group["lr"] * 0.2 * max(shape) ** 0.5  # as long as a step of Adam's (Liu et al. 2025, eq. 4)
+            torch._foreach_add_(some, moves.unbind(), alpha=-length)
+
+
+def orthogonal(matrices, coefficients, steps):
+    """Return about the nearest orthogonal matrix to each, by Newton-Schulz iterations in bfloat16 (Jordan et al. 2024).
+
+    matrices: (N, rows, columns). A singular value ends between 0.7 and 1.2, unless it is close to 0.
+    """
+    a, b, c = coefficients
+    high = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if high else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if high else x
 
 
 @torch.no_grad()
@@ -194,15 +229,18 @@ class Training:
     """What a training keeps between steps, in files of that name: one that was saved and loaded ends as if it had not stopped.
 
     images: how many there are in an epoch. made_with: options and other plain values that must not change on the way.
+    compiled: whether batches go through the network compiled, but for a shorter last one of an epoch.
     """
 
-    def __init__(self, name, model, optimizers, images, batch_size, made_with):
+    def __init__(self, name, model, optimizers, images, batch_size, made_with, compiled=False):
         self.network, self.resume = Path(f"checkpoints/{name}.pt"), Path(f"checkpoints/{name}_resume.pt")
         self.figure, self.table = Path(f"figures/{name}_training.png"), Path(f"figures/{name}_training.csv")
         self.files = self.network, self.resume, self.figure, self.table
         self.model, self.averaged, self.optimizers = model, copy.deepcopy(model), optimizers
+        self.fast = torch.compile(model, dynamic=False, mode="reduce-overhead") if compiled else model
         self.images, self.batch_size, self.epoch_steps = images, batch_size, math.ceil(images / batch_size)
         self.made_with, self.step, self.loss_sum = made_with, 0, torch.zeros((), device=next(model.parameters()).device)
+        self.hardware = []  # what it ran on, in words, piece after piece
         self.losses, self.psnrs = [], []  # [step, mean loss since the one before], [step, {level: PSNR}]
         self.began = self.saved = time.perf_counter()
 
@@ -219,8 +257,9 @@ class Training:
         batch: this process's share of x0, sigma and noise; weight: that of its mean in the mean over the batch.
         """
         parameters, averages = list(self.model.parameters()), list(self.averaged.parameters())
-        loss = weight * denoising_loss(self.model, *batch)
+        whole = self.images_at(self.step + 1) - self.images_seen == min(self.batch_size, self.images)
         self.model.zero_grad()
+        loss = weight * denoising_loss(self.fast if whole else self.model, *batch)
         loss.backward()
         with torch.no_grad():
             utils.sum_over_processes(loss, *(p.grad for p in parameters))
@@ -246,20 +285,18 @@ class Training:
         self.loss_sum.zero_()
         return self.losses[-1][1]
 
-    def plot(self):
-        utils.plot_training(self.figure, self.losses, self.psnrs, self.images_at)
-
     def save(self, info):
         """Write what the training goes on from, then the network and its curves, which the next start can make again."""
         self.mean_loss()
         self.seconds = time.perf_counter() - self.began
-        kept = {name: getattr(self, name) for name in ("made_with", "step", "seconds", "losses", "psnrs", "loss_sum")}
+        kept = {name: getattr(self, name) for name in ("made_with", "step", "seconds", "hardware", "losses", "psnrs", "loss_sum")}
         kept |= {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
         utils.save_checkpoint(self.resume, kept | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
         info |= {"images_seen": self.images_seen, "epochs": self.step / self.epoch_steps, "hours": self.seconds / 3600}
-        info |= {"val_psnr": self.psnrs[-1][1] if self.psnrs else {}}
+        info |= {"hardware": ", then ".join(self.hardware), "val_psnr": self.psnrs[-1][1] if self.psnrs else {}}
         utils.save_checkpoint(self.network, {"config": self.model.config, "weights": self.averaged.state_dict(), "info": info})
         utils.save_curves(self.table, self.losses, self.psnrs, self.images_at)
+        utils.plot_training(self.figure, self.losses, self.psnrs, self.images_at)
         self.saved = time.perf_counter()
 
     def load(self):
@@ -277,14 +314,15 @@ class Training:
             if not (kept["step"] >= 0 and kept["seconds"] >= 0):
                 raise ValueError(f"it made {kept['step']} steps in {kept['seconds']} seconds")
             self.step, self.began = int(kept["step"]), self.saved - float(kept["seconds"])
+            self.hardware = [str(name) for name in kept["hardware"]]
             self.losses = [[int(step), float(loss)] for step, loss in kept["losses"]]
             self.psnrs = [[int(step), {float(s): float(v) for s, v in psnr.items()}] for step, psnr in kept["psnrs"]]
             self.loss_sum.copy_(kept["loss_sum"])
             restore(self.model, kept["model"])
             restore(self.averaged, kept["averaged"])
             for optimizer, saved in zip(self.optimizers, kept["optimizers"], strict=True):
-                memory = {"momentum_buffer"} if isinstance(optimizer, HiddenMuon) else {"step", "exp_avg", "exp_avg_sq"}
-                restore_optimizer(optimizer, saved["state"], memory if self.step else set())
+                adam = {"step", "exp_avg", "exp_avg_sq"} if self.step else set()
+                restore_optimizer(optimizer, saved["state"], {"momentum_buffer"} if isinstance(optimizer, HiddenMuon) else adam)
             self.mean_loss()
         except Exception as error:  # whatever wrong parts can raise
             reason = f"{type(error).__name__}: {error}"
@@ -297,7 +335,7 @@ class Training:
 def check_constants():
     limits = {name: (1, 1e9) for name in ("EPOCHS", "BATCH_SIZE", "VAL_IMAGES", "LOG_STEPS")}
     limits |= {"LR": (1e-12, 100), "WARMUP": (0, 1e9), "DECAY": (0, 1), "EMA": (0, 1), "TAILS": (1e-6, 0.499)}
-    limits |= {"CLIP": (1e-9, math.inf), "SAVE_MINUTES": (0, math.inf)}
+    limits |= {"CLIP": (1e-9, math.inf), "SAVE_MINUTES": (0, math.inf), "WEIGHT_DECAY": (0, 100)}
     limits |= {"SEED": (0, 2**32 - 1)}  # torch reads 32 bits of it: from 2^32 on, a seed starts from the weights of another
     limits |= {"SIGMA_MIN": (1e-6, 1e6), "SIGMA_MAX": (SIGMA_MIN, 1e6)}
     for name, (low, high) in limits.items():
@@ -323,7 +361,7 @@ def read_data(device):
 
 def fixed_options(train):
     """Return by name what a training must not change when it goes on."""
-    free = ("epochs", "lr", "save_minutes", "device", "precision", "data", "data_dir", "test", "name")
+    free = ("epochs", "lr", "save_minutes", "device", "precision", "compile", "data", "data_dir", "test", "name")
     fixed = {f"--{name.replace('_', '-')}": value for name, value in utils.options(globals()).items() if name not in free}
     return fixed | {"images of the checksum": zlib.crc32(train.cpu().numpy())}
 
@@ -349,24 +387,29 @@ def in_words(psnr):
 def main():
     check_constants()
     device, (rank, world) = utils.pick_device(DEVICE), utils.join_processes()
+    here = utils.hardware(device, world)
     utils.check(world <= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"must be at least {world}, an image for each process")
     torch.manual_seed(SEED)
+    torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest for each of the few sizes of a batch
     bfloat16 = utils.pick_bfloat16(PRECISION, device)
-    model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, bfloat16).to(device)
-    info = {"earlier": initial_weights(model, INIT), "hardware": utils.hardware(device, world), "torch": str(torch.__version__)}
+    model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, FEATURES, bfloat16).to(device)
+    info = {"earlier": initial_weights(model, INIT), "torch": str(torch.__version__)}
     train, val, test = utils.first_alone(rank, lambda: read_data(device))
-    optimizers = make_optimizers(model, OPTIMIZER, LR)
-    training = Training(NAME, model, optimizers, len(train), BATCH_SIZE, fixed_options(train))
+    optimizers = make_optimizers(model, OPTIMIZER, LR, WEIGHT_DECAY)
+    training = Training(NAME, model, optimizers, len(train), BATCH_SIZE, fixed_options(train), COMPILE)
     steps, epoch_steps = EPOCHS * training.epoch_steps, training.epoch_steps
+    validated = epoch_steps * math.ceil(EPOCHS / 100)  # steps between validations
     law = functools.partial(noise_law, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, tails=TAILS)
     info |= {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "test_psnr": {}}
     say = tqdm.write if rank == 0 else lambda text: None  # the first process speaks, measures and writes
 
     with utils.only_process(*training.files * (rank == 0)), utils.stop_signals() as stop:
         training.load()
+        if training.step < steps and training.hardware[-1:] != [here]:
+            training.hardware.append(here)
         words = "must name a training that all processes find: put checkpoints/ where all machines see it"
         utils.check(not utils.differs(training.step), "NAME", NAME, words)
-        say(f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {info['hardware']}")
+        say(f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {here}")
         say(f"{len(train):,} training images, {EPOCHS} epochs of {epoch_steps} steps, from step {training.step}")
         with tqdm(total=EPOCHS * len(train), unit="img", unit_scale=True, disable=rank > 0 or None) as bar:  # on a terminal
             bar.initial = bar.n = training.images_seen
@@ -378,10 +421,9 @@ def main():
                     bar.set_postfix(loss=f"{training.log_loss():.4f}")
                     if bar.disable:
                         say(f"step {training.step} of {steps}: loss {training.losses[-1][1]:.4f}")
-                if training.step % epoch_steps == 0 and rank == 0:
+                if (training.step % validated == 0 or training.step == steps) and rank == 0:
                     training.psnrs.append([training.step, psnr := validate(training.averaged, val, known_sigmas())])
                     say(f"epoch {training.step // epoch_steps}: validation {in_words(psnr)}")
-                    training.plot()
                 if time.perf_counter() - training.saved > 60 * SAVE_MINUTES and rank == 0:
                     training.save(info)
             if training.step >= steps and test is not None and rank == 0:
@@ -389,7 +431,6 @@ def main():
                 say(f"test {in_words(info['test_psnr'])}")
             if rank == 0:
                 training.save(info)
-                training.plot()
             if training.step < steps:  # said while signals are but noted: torchrun ends every process when one has ended
                 say(f"stopped after step {training.step} of {steps}, saved in '{training.resume}': run the same command to go on")
     utils.leave_processes()

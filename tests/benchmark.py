@@ -319,32 +319,32 @@ def operations(work):
 
 
 def speed_table(device):
-    """Return rows of images and operations a second: training steps, and network calls alone and within a sampler."""
+    """Return rows of images and operations a second: training (on a GPU compiled, too), network calls, and those of a sampler."""
     model = read_model(CHECKPOINT, device, PRECISION)
     y, t = torch.rand(BATCH, 3, 32, 32, device=device), train_score
     noise, grid = utils.seeded_noise(range(BATCH), device), sde.noise_levels(SIGMA, model.sigma_min, STEPS)
-    trained = ScoreModel(**model.config, bfloat16=model.bfloat16).to(device)
-    optimizers = t.make_optimizers(trained, t.OPTIMIZER, t.LR)
-    images = torch.randint(256, (t.BATCH_SIZE, 3, 32, 32), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8, device=device)
     law = functools.partial(t.noise_law, sigma_min=model.sigma_min, sigma_max=model.sigma_max, tails=t.TAILS)
 
-    def train():
-        trained.zero_grad()
-        t.denoising_loss(trained, *t.make_batch(images, 0, t.BATCH_SIZE, t.FLIP, law, SEED)).backward()
-        for optimizer in optimizers:
-            optimizer.step()
+    def training(compiled):
+        trained = ScoreModel(**model.config, bfloat16=model.bfloat16).to(device)
+        optimizers = t.make_optimizers(trained, t.OPTIMIZER, t.LR, t.WEIGHT_DECAY)
+        run = t.Training("speed", trained, optimizers, len(images), BATCH, {}, compiled)
+        return torch.enable_grad()(lambda: run.learn(t.make_batch(images, 0, BATCH, t.FLIP, law, SEED), 1.0, 1e-6, t.CLIP, t.EMA))
 
-    rows = []
-    for label, work, count, grad in (
-        ("training", train, t.BATCH_SIZE, True),
-        ("network alone", lambda: [model(y, SIGMA) for _ in range(STEPS)], STEPS * BATCH, False),
-        ("within `adams`", lambda: sde.adams(model, y, grid, noise=noise), STEPS * BATCH, False),
-    ):
-        with torch.set_grad_enabled(grad):
-            each, rate = operations(work) / count, count / seconds_of(work, device, SECONDS)
-        rows.append({"work": label, "images/s": rate, "G operations an image": each / 1e9, "GFLOP/s": rate * each / 1e9})
+    works = [
+        ("training", training(False), BATCH),
+        ("network alone", lambda: [model(y, SIGMA) for _ in range(STEPS)], STEPS * BATCH),
+        ("within `adams`", lambda: sde.adams(model, y, grid, noise=noise), STEPS * BATCH),
+    ]
+    each = {label: operations(work) / count / 1e9 for label, work, count in works}
+    if device.type == "cuda":
+        works.insert(1, ("training, compiled", training(True), BATCH))
+        each["training, compiled"] = each["training"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    return rows
+    rates = {label: count / seconds_of(work, device, SECONDS) for label, work, count in works}
+    row = lambda label: {"work": label, "images/s": rates[label], "G operations an image": each[label]}  # noqa: E731
+    return [row(label) | {"GFLOP/s": rates[label] * each[label]} for label in rates]
 
 
 @torch.no_grad()

@@ -60,22 +60,30 @@ train_score.py
     decay inverted ¦ (1 - step / steps) / decay ¦ (1 - step / steps) * decay ¦ training
     Muon for the last convolution ¦ convolutions[1:-1] ¦ convolutions[1:] ¦ model: muon
     Adam's long memory beside Muon ¦ 0.95 if hidden ¦ 0.999 if hidden ¦ model: lone
-    Muon's other scale ¦ "match_rms_adamw" ¦ "original" ¦ model: muon
+    no weight decay in Muon ¦ weight_decay=weight_decay ¦ weight_decay=0.0 ¦ model: muon
+    weight decay forgotten ¦ OPTIMIZER, LR, WEIGHT_DECAY) ¦ OPTIMIZER, LR) ¦ training
+    Muon's other scale ¦ 0.2 * max(shape) ** 0.5 ¦ max(1, shape[0] / shape[1]) ** 0.5 ¦ model: muon
+    Muon's momentum not looked ahead ¦ zip(matrices, torch._foreach_lerp(gradients, means, momentum)) ¦ zip(matrices, means) ¦ model: muon
     average starts slower ¦ self.step / (self.step + 9) ¦ self.step / (self.step + 99) ¦ training
     no clipping ¦             nn.utils.clip_grad_norm_(parameters, clip)⏎ ¦  ¦ training
     divergence later ¦ loss <= 10 * lowest ¦ loss <= 1000 * lowest ¦ training
     trained on validation images ¦ return images[:-VAL_IMAGES], images ¦ return images, images ¦ training
     ema may change on the way ¦ free = ("epochs",  ¦ free = ("ema", "epochs",  ¦ scripts: go_on_beyond
-    optimiser's memory not restored ¦                 restore_optimizer(optimizer, saved["state"], memory if self.step else set())⏎ ¦                 memory⏎ ¦ training
+    optimiser's memory not restored ¦                 restore_optimizer(optimizer, saved["state"], {"momentum_buffer"} if isinstance(optimizer, HiddenMuon) else adam)⏎ ¦                 adam⏎ ¦ training
     average not restored ¦             restore(self.averaged, kept["averaged"])⏎ ¦  ¦ training
-    table before it is whole ¦                     training.plot()⏎ ¦  ¦ training
+    no figure of the training ¦         utils.plot_training(self.figure, self.losses, self.psnrs, self.images_at)⏎ ¦  ¦ training
+    compiled in vain ¦ self.fast if whole ¦ self.model if whole ¦ scripts: compiled
+    short batches compiled ¦ self.fast if whole else self.model ¦ self.fast ¦ scripts: compiled
+    last weights not validated ¦ (training.step % validated == 0 or training.step == steps) ¦ training.step % validated == 0 ¦ scripts: hundred
+    resume drops hardware ¦             self.hardware = [str(name) for name in kept["hardware"]]⏎ ¦  ¦ scripts: hardware
+    features ignored by main ¦ ATTENTION, FEATURES, bfloat16 ¦ ATTENTION, 96, bfloat16 ¦ training
 model.py
     weights_only False ¦ weights_only=True ¦ weights_only=False ¦ model: runs_no_code
     sigma_data 0.3 ¦ sigma_data = 0.25 ¦ sigma_data = 0.3 ¦ model: untrained or unit_variance or shipped or outside
     film not zero at the start ¦ for parameter in (self.film.weight, self.film.bias, self.conv2.weight ¦ for parameter in (self.conv2.weight ¦ model
     checksum not checked ¦ if archive.testzip(): ¦ if False: ¦ model: damaged
     embedding's range ¦ torch.logspace(-2, 2, ¦ torch.logspace(-2, 3, ¦ model
-    attention sees the padding ¦         if any(padding): ¦         if False: ¦ model: attention
+    attention sees the padding ¦ there if any(padding) else None ¦ None ¦ model: attention
     attention's temperature ¦ / 8**0.5 ¦ / 8 ¦ model: attention
     no skips ¦ h = self.up[i](h) + skips[i] ¦ h = self.up[i](h) ¦ model
     pads with zeros ¦ mode="replicate" ¦ mode="constant" ¦ model: padding or size

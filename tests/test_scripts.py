@@ -34,8 +34,8 @@ from model import ScoreModel, load_checkpoint, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    "--widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.01 --sigma-max 1 --batch-size 4 --epochs 2 --warmup 5 "
-    "--val-images 64 --log-steps 5 --device cpu"
+    "--widths 32 32 --blocks 1 1 --attention 0 1 --features 96 --sigma-min 0.01 --sigma-max 1 --batch-size 4 --epochs 2 "
+    "--warmup 5 --val-images 64 --log-steps 5 --device cpu"
 )
 
 
@@ -138,8 +138,8 @@ def test_the_curves_are_a_table_too(trained):
 
 
 def test_a_training_killed_at_any_moment_goes_on(trained, patches, tmp_path):
-    # FUZZ=130 ends it 43 times. It saves at every step; the moments reach from the loading of modules to its end.
-    line, rng = f"--data {patches} {SMALL} --save-minutes 0", random.Random(0)
+    # FUZZ=130 ends it 43 times. It saves some times a second; the moments reach from the loading of modules to its end.
+    line, rng = f"--data {patches} {SMALL} --save-minutes 0.005", random.Random(0)
     for k in range(int(os.environ.get("FUZZ", 9)) // 3):
         process = start(tmp_path, "train_score.py", line)  # a fork would inherit the threads of torch, and hang
         time.sleep(rng.uniform(2, 7))
@@ -192,16 +192,16 @@ def equal(a, b):
 
 def test_a_training_is_its_recipe(patches, tmp_path):
     # The same three steps by hand, with every number another than its default.
-    line = "--widths 32 32 --blocks 1 1 --attention 0 1 --sigma-min 0.02 --sigma-max 2 --tails 0.1 --batch-size 4 --epochs 1 "
-    line += "--lr 0.02 --warmup 2 --decay 0.5 --clip 0.1 --ema 0.3 --seed 5 --val-images 288 "
-    line += "--val-sigmas 0.1 --log-steps 2 "
+    line = "--widths 32 32 --blocks 1 1 --attention 0 1 --features 16 --sigma-min 0.02 --sigma-max 2 --tails 0.1 "
+    line += "--batch-size 4 --epochs 1 --lr 0.02 --weight-decay 3 --warmup 2 --decay 0.5 --clip 0.1 --ema 0.3 --seed 5 "
+    line += "--val-images 288 --val-sigmas 0.1 --log-steps 2 "
     with mock.patch.object(utils, "plot_training") as drawn:
         run(tmp_path, "train_score.py", f"--data {patches} {line} --device cpu --precision float32")
-    assert drawn.call_count == 2  # after the validation, and at the end
+    assert drawn.call_count == 1  # at the end
     images = torch.from_numpy(np.load(patches)[:12]).permute(0, 3, 1, 2)
     torch.manual_seed(5)
-    model = ScoreModel("unet", 0.02, 2.0, (32, 32), (1, 1), (0, 1))
-    optimizers, averaged, losses = train_score.make_optimizers(model, "muon", 1.0), copy.deepcopy(model), []
+    model = ScoreModel("unet", 0.02, 2.0, (32, 32), (1, 1), (0, 1), 16)
+    optimizers, averaged, losses = train_score.make_optimizers(model, "muon", 1.0, 3.0), copy.deepcopy(model), []
     for step, (lr, decay) in enumerate(((0.01, 0.1), (0.02, 2 / 11), (0.02 * 2 / 3, 0.25))):
         x0, sigma, noise = train_score.make_batch(images, step, 4, True, lambda u: train_score.noise_law(u, 0.02, 2.0, 0.1), 5)
         loss = train_score.denoising_loss(model, x0, sigma, noise)
@@ -222,6 +222,34 @@ def test_a_training_is_its_recipe(patches, tmp_path):
     val = torch.from_numpy(np.load(patches)[12:]).permute(0, 3, 1, 2)
     expected = train_score.validate(load_model(tmp_path / "checkpoints" / "score.pt"), val, (0.1,))
     assert abs(state["psnrs"][0][1][0.1] - expected[0.1]) < 1e-4
+
+
+def test_whole_batches_are_compiled_when_asked(patches, tmp_path):
+    # What torch.compile returns is what learns; without a compiler at hand, a stand-in that gives the same.
+    line, whole = f"--data {patches} {SMALL} --epochs 1 --val-images 290 --precision float32 --device cpu", []
+    for name in ("plain", "fused"):
+        fused = mock.patch("torch.compile", lambda model, **how: lambda *batch: whole.append(len(batch[0])) or model(*batch))
+        with fused if name == "fused" else contextlib.nullcontext():
+            run(tmp_path, "train_score.py", f"{line} --name {name} {'--compile' * (name == 'fused')}")
+    plain, fused = (load_checkpoint(tmp_path / "checkpoints" / f"{name}.pt")["weights"] for name in ("plain", "fused"))
+    assert whole == [4, 4] and equal(plain, fused)
+
+
+def test_a_checkpoint_names_all_the_hardware_that_made_it(patches, tmp_path):
+    line = f"--data {patches} {SMALL} --val-images 292"  # 8 images, so 2 steps an epoch
+    for epochs, here in ((1, "a GPU"), (2, "a CPU"), (2, "idle"), (3, "a CPU"), (4, "a GPU")):
+        with mock.patch.object(utils, "hardware", lambda device, world, here=here: here):
+            out, _ = run(tmp_path, "train_score.py", f"{line} --epochs {epochs}")
+        assert f"parameters, on {here}\n" in out
+    assert load_model(tmp_path / "checkpoints" / "score.pt").info["hardware"] == "a GPU, then a CPU, then a GPU"
+
+
+def test_a_hundred_validations_and_one_of_the_last_weights(patches, tmp_path):
+    line = f"--data {patches} --network cnn3 --sigma-min 0.1 --sigma-max 0.1 --optimizer adam --val-images 299 --val-sigmas 0.1"
+    for epochs, expected in ((3, [1, 2, 3]), (202, [*range(3, 202, 3), 202])):  # one image, so a step an epoch
+        run(tmp_path, "train_score.py", f"{line} --epochs {epochs} --lr 1e-6 --device cpu --name {epochs}")
+        state = load_checkpoint(tmp_path / "checkpoints" / f"{epochs}_resume.pt")
+        assert [step for step, _ in state["psnrs"]] == expected
 
 
 def test_validation_measures_the_noise_that_it_adds():
@@ -416,6 +444,7 @@ def test_the_network_that_is_kept_is_the_average(trained):
         (["step"], math.inf),
         (["step"], -1),
         (["seconds"], None),
+        (["hardware"], None),
         (["seconds"], math.nan),
         (["loss_sum"], torch.zeros(2)),
         (["made_with"], {}),
@@ -492,7 +521,7 @@ def test_images_seen_count_the_short_batches_too():
 def test_a_checkpoint_without_its_story_starts_no_training(tmp_path, refuses, info):
     model = ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1))
     utils.save_checkpoint(tmp_path / "net.pt", {"config": model.config, "weights": model.state_dict(), "info": info})
-    refuses(tmp_path, "train_score.py", f"--data samples {SMALL} --init net.pt", "--init", "net.pt")
+    refuses(tmp_path, "train_score.py", f"--data samples {SMALL} --init net.pt", "--init", "net.pt", "how long it was trained")
 
 
 def test_a_divergence_of_the_recipe_keeps_its_last_state(patches, tmp_path):
@@ -548,6 +577,8 @@ def test_a_loss_that_climbs_is_a_divergence():
         ("--data samples --tails 0.7", ["--tails"]),
         ("--data samples --device meta", ["meta"]),
         ("--data samples --warmup -5", ["--warmup"]),
+        ("--data samples --features 0", ["features 0"]),
+        ("--data samples --weight-decay -1", ["--weight-decay", "-1"]),
         ("--data samples --optimizer sgd", ["--optimizer", "sgd"]),
         ("--data samples --val-images 100000", ["--val-images 100000"]),
         ("--data samples --lr -1", ["--lr", "-1"]),
@@ -723,7 +754,7 @@ def test_a_picture_in_tiles_is_the_picture_whole(trained):
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(1, 3, 250, 303, generator=rng)
     torch.manual_seed(0)
-    shape = (train_score.WIDTHS, train_score.BLOCKS, train_score.ATTENTION)
+    shape = (train_score.WIDTHS, train_score.BLOCKS, train_score.ATTENTION, train_score.FEATURES)
     deep = ScoreModel("unet", 0.01, 1.0, *shape).eval().requires_grad_(False)
     for parameter in deep.parameters():
         parameter += 0.02 * torch.randn(parameter.shape, generator=rng)
