@@ -196,21 +196,26 @@ def picture_level(denoiser, y, low, high):
     """Return the noise level of one picture (1, C, H, W), on a few tiles, and what there is to say of its noise.
 
     Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and luma
-    says what is there, or, where that is smoothed as well, luma over pairs of pixels. Texture reads as up to 0.02 of luma.
+    says what is there, or, where that is smoothed as well, luma over pairs of pixels: once chroma is given noise of that level,
+    which makes it white. Texture reads as up to 0.02 of luma.
     """
     clipped = y.min() >= 0 and y.max() <= 1 and ((y == 0) | (y == 1)).double().mean() > 1e-3
     tiles, part = spread_tiles(y), unclipped if clipped else None
-    probes = 4 if len(tiles) == 1 else 1
-    level = lambda part, start=None: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True, start)[0].item()  # noqa: E731
-    sigma = level(part)
-    if (lone := impulses(tiles.cpu().numpy(), sigma)) > 2e-3:
-        return sigma, f"lone values of black or white ({lone:.1%}), as of salt and pepper: not Gaussian, some may stay"
+    probes, brightness = 4 if len(tiles) == 1 else 1, 0.0
+    level = lambda denoiser, part: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True)[0].item()  # noqa: E731
+    sigma = level(denoiser, part)
     if y.shape[1] == 3 and min(tiles.shape[2:]) >= 32:
-        fine, coarse = level(luma, sigma), level(functools.partial(luma, block=2), sigma)
-        brightness = coarse if fine < 0.05 and coarse > 2 * fine else fine  # stronger noise is not smoothed away
-        if brightness > max(1.5 * sigma, 0.02):
-            note = "stronger in brightness than in colour, as in a lossy file: judged by brightness"
-            return brightness, ", ".join([note, *places(denoiser, tiles, brightness, luma)])
+        e = utils.seeded_noise([2**31], tiles.device)(tiles[:1])  # a seed that the noise of no picture has
+        whitened = lambda x, s: denoiser(x + s.view(-1, 1, 1, 1) * (e - e.mean(1, keepdim=True)), s)  # noqa: E731
+        brightness = level(whitened, luma)
+        if sigma < 2 * low and brightness < 0.05:  # stronger noise is not smoothed away
+            coarse = level(whitened, functools.partial(luma, block=2))
+            brightness = coarse if coarse > 2 * brightness else brightness
+    if (lone := impulses(tiles.cpu().numpy(), max(sigma, brightness))) > 2e-3:
+        return sigma, f"lone values of black or white ({lone:.1%}), as of salt and pepper: not Gaussian, some may stay"
+    if brightness > max(1.5 * sigma, 0.02):
+        note = "stronger in brightness than in colour, as in a lossy file: judged by brightness"
+        return brightness, ", ".join([note, *places(denoiser, tiles, brightness, luma)])
     return sigma, remarks(denoiser, tiles, sigma, low, high, part)
 
 
@@ -265,7 +270,7 @@ def of_any_kind(denoiser, size=None, place=(0, 0)):
     def denoise_kind(x, sigma):
         if x.shape[1] == 3:
             return denoiser(x, sigma)
-        e = utils.seeded_noise([0], size=size, place=place)(torch.empty(1, 3, *x.shape[2:]))
+        e = utils.seeded_noise([2**31], size=size, place=place)(torch.empty(1, 3, *x.shape[2:]))
         return sde.grey(denoiser, e.to(x))(x, sigma)
 
     return denoise_kind

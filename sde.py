@@ -326,7 +326,7 @@ def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.r
     return variances.flip(1), (rotation.mT @ basis.flatten(2)).reshape(basis.shape).flip(1)
 
 
-def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, start=None, iterations=16, tolerance=2e-3):
+def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, iterations=16, tolerance=2e-3):
     """Return the noise level, (B,), within [low, high] that makes each image y most likely under the learned density p_s.
 
     With J = dD/dy, d log p_s(y) / ds = 0 is  |y - D|^2 = s^2 tr(I - J).  The root is found by Fisher's scoring,
@@ -340,11 +340,11 @@ def estimate_sigma(denoiser, y, low, high, probes=4, part=None, together=False, 
 
     part(v, D, s) -> like v: an orthogonal projection P; the level is judged by |P (y - D)|^2 = s^2 tr(P (I - J)), true on
     average for every P that does not look at the noise. A mask made from y does; one from D hardly does.
-    together: all images have one level (tiles of a picture). start: where to begin, else in the geometric middle. Where a part
-    leaves nothing to judge by, low comes back. Raises ValueError unless 0 < low <= high.
+    together: all images have one level (tiles of a picture). Where a part leaves nothing to judge by, low comes back. Raises
+    ValueError unless 0 < low <= high.
     """
     _check(0 < low <= high, "the levels to search must be 0 < low <= high", (low, high))
-    s = torch.full((len(y),), start or sqrt(low * high)).to(y)
+    s = torch.full((len(y),), sqrt(low * high)).to(y)
     below, above = torch.zeros_like(s), torch.full_like(s, inf)
     for _ in range(iterations):
         sums = [v.flatten(1).sum(1) for v in _scoring(denoiser, y, s, probes, part)]

@@ -37,7 +37,7 @@ def photographs(size, device="cpu"):
 
 
 def noisy(x0, sigma, seed):
-    return x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
+    return x0 + sigma * torch.from_numpy(np.random.default_rng(seed).standard_normal(x0.shape)).to(x0)
 
 
 def posterior_draws(sampler, y, count, batch, seed):

@@ -222,9 +222,13 @@ def test_a_lossy_picture_is_judged_by_its_finest_brightness():
     # Half of the noise is shared by 2 x 2 pixels, as texture is: their means would say 1.58 times as much.
     x0, blocks = torch.full((1, 3, 64, 64), 0.5, dtype=torch.float64), normal(1, 1, 32, 32, seed=1)
     n = 0.05 * (normal(1, 1, 64, 64) + blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)) / math.sqrt(2)
-    found, note = denoise.picture_level(known(x0), x0 + n, 0.001, 2.0)
+    seen = []
+    denoiser = lambda x, s: seen.append((x - x0, s)) or known(x0)(x, s)  # noqa: E731
+    found, note = denoise.picture_level(denoiser, x0 + n, 0.001, 2.0)
     exact = math.sqrt(3) * n.square().mean().sqrt().item()
     assert abs(math.log(found / exact)) < 4 * math.sqrt(2 / (4 * n.numel())) / 2 and "brightness" in note
+    noise, s = seen[-1][0].flatten(2)[0], seen[-1][1].item()  # the network is shown white noise: errors as in sde.grey's test
+    assert ((noise @ noise.T / n.numel() / s**2 - torch.eye(3).double()).abs() < 4 * math.sqrt(2 / n.numel())).all()
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2])
