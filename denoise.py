@@ -196,8 +196,8 @@ def picture_level(denoiser, y, low, high):
     """Return the noise level of one picture (1, C, H, W), on a few tiles, and what there is to say of its noise.
 
     Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and luma
-    says what is there, or, where that is smoothed as well, luma over pairs of pixels: once chroma is given noise of that level,
-    which makes it white. Texture reads as up to 0.02 of luma.
+    says what is there, or, where that is smoothed as well, luma over pairs of pixels. Meanwhile chroma gets complementary noise,
+    for the network to see white noise. Texture reads as up to 0.02 of luma.
     """
     clipped = y.min() >= 0 and y.max() <= 1 and ((y == 0) | (y == 1)).double().mean() > 1e-3
     tiles, part = spread_tiles(y), unclipped if clipped else None
