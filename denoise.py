@@ -209,8 +209,7 @@ def picture_level(denoiser, y, low, high):
         whitened = lambda x, s: denoiser(x + s.view(-1, 1, 1, 1) * (e - e.mean(1, keepdim=True)), s)  # noqa: E731
         brightness = level(whitened, luma)
         if sigma < 2 * low and brightness < 0.05:  # stronger noise is not smoothed away
-            coarse = level(whitened, functools.partial(luma, block=2))
-            brightness = coarse if coarse > 2 * brightness else brightness
+            brightness = max(brightness, level(whitened, functools.partial(luma, block=2)))
     if (lone := impulses(tiles.cpu().numpy(), max(sigma, brightness))) > 2e-3:
         return sigma, f"lone values of black or white ({lone:.1%}), as of salt and pepper: not Gaussian, some may stay"
     if brightness > max(1.5 * sigma, 0.02):

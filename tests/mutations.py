@@ -96,7 +96,7 @@ denoise.py
     impulses beside their like ¦ (values == 1) & (ndimage.maximum_filter(values, footprint=ring) < 1) ¦ (values == 1) ¦ uncertainty: salt
     strong lossy noise taken for impulses ¦ max(sigma, brightness))) > 2e-3 ¦ sigma)) > 2e-3 ¦ benchmarks: lossy
     chroma left without noise ¦ denoiser(x + s.view(-1, 1, 1, 1) * (e - e.mean(1, keepdim=True)), s) ¦ denoiser(x, s) ¦ uncertainty: lossy
-    pairs of pixels never asked ¦ coarse if coarse > 2 * brightness else brightness ¦ brightness ¦ benchmarks: lossy
+    pairs of pixels never asked ¦ max(brightness, level(whitened, functools.partial(luma, block=2))) ¦ brightness ¦ benchmarks: lossy
     written pictures kept in memory ¦ job.results[method][0] = torch.empty(1, 0) ¦ pass ¦ scripts: let_go
     one picture stops those beside it ¦ if len(jobs) == 1: ¦ if jobs: ¦ scripts: cannot_be_denoised
     added noise ignores seed ¦ default_rng(SEED) ¦ default_rng(0) ¦ denoising
@@ -110,7 +110,7 @@ denoise.py
     batches of several kinds ¦ (job.y.shape, job.sigma, job.picture.builtin) ¦ (job.y.shape, job.sigma) ¦ denoising
     all draws alike ¦ [job.seed(draw) for job in jobs] ¦ [job.seed(0) for job in jobs] ¦ denoising
     mean of draws is the first ¦ [images.mean(0, keepdim=True), len ¦ [images[:1], len ¦ denoising
-    texture taken for noise ¦ if sigma < 2 * low and brightness < 0.05: ¦ if brightness := 0.01: ¦ uncertainty
+    texture taken for noise ¦ if sigma < 2 * low and brightness < 0.05: ¦ if True: ¦ uncertainty
     mask inverted ¦ from_numpy(~missing) ¦ from_numpy(missing) ¦ denoising
     observation from the noisy start ¦ + jobs[0].levels[0] * noise(part) if A else part ¦ + 0.5 * noise(part) if A else part ¦ denoising
     levels of an observation from its noise ¦ (high, math.inf) if A ¦ (sigma, math.inf) if A ¦ scripts: wholly_seen
