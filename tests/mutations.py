@@ -177,7 +177,7 @@ def fail(tests, change=None):
     """Whether the tests fail on a copy of the project, with the change if there is one; raises ValueError if none can be run."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "figures", "data", "output", "*_resume.pt")
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "data", "output", "*_resume.pt")
         shutil.copytree(project, copy, ignore=ignored)
         if change:
             text = (copy / change.file).read_text(encoding="utf-8")
