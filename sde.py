@@ -289,11 +289,15 @@ def posterior_covariance(denoiser, x, sigma):
     One network call; each product is one backward pass through its graph, which lives as long as `multiply` does. Works
     under torch.no_grad(), too. sigma: a float or (B,). The covariance is symmetric as far as D is the gradient it should be.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        denoised = denoiser(x, sigma)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()  # clones, since inference tensors have no gradient
+        denoised = denoiser(x, sigma.clone() if torch.is_tensor(sigma) else sigma)
     variance = _per_image(sigma, x) ** 2
-    return denoised.detach(), lambda v: variance * torch.autograd.grad(denoised, x, v, retain_graph=True)[0]
+
+    def multiply(v):
+        return variance * torch.autograd.grad(denoised, x, v, retain_graph=True)[0]
+
+    return denoised.detach(), multiply
 
 
 def expected_error(denoiser, y, sigma, probes=8, noise=torch.randn_like):
@@ -417,6 +421,34 @@ def natural_power(x):
     return torch.tensor(c).to(x)[:, None, None] * torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / x[0, 0].numel())
 
 
+def antithetic(noise):
+    """Return noise for a batch of two halves, z and -z (antithetic variates, Hammersley and Morton 1956).
+
+    A sampler then draws pairs, image k and image k + B / 2 of the batch. In the mean of a pair all that is linear in the noise
+    cancels. So for a Gaussian prior it is the posterior mean, whatever the noise. Raises ValueError for a batch of odd size.
+    """
+
+    def pairs(x):
+        _check(len(x) % 2 == 0, "the batch must have two equal halves", len(x))
+        z = noise(x[: len(x) // 2])
+        return torch.cat([z, -z])
+
+    return pairs
+
+
+def fill(y, A, sigma_y, like, power=natural_power):
+    """Return E[x0 | y], y = A(x0) + sigma_y n, for a Gaussian prior of mean 0.5: a classical estimate, without a network.
+
+        m + P A^T u,  (sigma_y^2 + A P A^T) u = y - A(m),  m = 0.5, P the covariance with variances power(x).
+
+    like: (B, C, H, W); shape, type and device of the images. The other arguments are those of `observed`.
+    """
+    x = torch.full_like(like, 0.5)
+    seen, forwards, transpose = _linearise(A, x)
+    solve = _gaussian_solver(power(x), x, seen, forwards, transpose, sigma_y, steps=200, tolerance=1e-3)
+    return x + _filter(transpose(solve((y - seen).flatten(1))), power(x))
+
+
 def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolution=0.01):
     """Return a denoiser that knows y = A(x0) + sigma_y n as well: (x, sigma) -> E[x0 | x, y], for every sampler as it is.
 
@@ -428,88 +460,115 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, iterations=3, resolut
     even the sign is right. So V = F (sigma^2 dD/dx) F + (1 - F^2) G, with F^2 = r / (r + resolution) at a frequency where
     G / sigma^2 is r: what the network cannot resolve comes from the prior. With resolution 0 all comes from the network.
 
-    y        what was seen, (B, ...), one observation for each image of x
+    y        the observations, (B, ...), one for each image of x
     A        a differentiable function of a batch, (B, C, H, W) -> (B, ...), in which images do not mix
     sigma_y  the standard deviation of its noise, in the units of y, above 0
-    power    x -> variances (C, H, W), above 0, of the discrete cosines of clean pictures like x
+    power    x -> variances (C, H, W), above 0, of the discrete cosines of clean images like x
     The result carries no gradient. Raises ValueError unless sigma_y > 0; and where y asks for a change by 10 or more, or by
     NaN: the sampling has diverged.
     """
     _check(sigma_y > 0, "sigma_y must be positive (rounding to 8 bits alone is 0.3 / 255)", sigma_y)
 
     def posterior(x, sigma):
-        denoised, covariance = posterior_covariance(denoiser, x, sigma)
+        denoised, network_covariance = posterior_covariance(denoiser, x, sigma)
         variance, prior = _per_image(sigma, x) ** 2, power(x)
-        r = prior / (prior + variance)
-        trust = r / (r + resolution)
-        F, G, root, rest = map(_filter, (trust.sqrt(), variance * r, (variance * r).sqrt(), (1 - trust) * variance * r))
-        seen, equation, response = _equation(A, denoised, sigma_y)
-        nearly = _stationary(lambda v: response(root(v)), x, seen, sigma_y)
-        fill = lambda b: _conjugate_gradients(equation(G), b, nearly, 50, 1e-2)  # noqa: E731
-        V = lambda v: F(covariance(F(v))) + rest(v)  # noqa: E731
-        change = _conjugate_residuals(equation(V), (y - seen).flatten(1), iterations, fill).view_as(x)
-        if not change.abs().max() < 10:  # nor if it is NaN
-            words = f"at noise level {sigma} the observation asks for a change by {change.abs().max():.3g}"
-            raise ValueError(f"{words}: check the units of y and A, pixels from 0 to 1, and the first level of the sampler")
+        r = prior / (prior + variance)  # the eigenvalues of dD/dx under the Gaussian prior
+        gaussian = variance * r  # and those of its covariance, G
+        trust = r / (r + resolution)  # F^2
+
+        def covariance(v):
+            resolved = _filter(network_covariance(_filter(v, trust.sqrt())), trust.sqrt())
+            return resolved + _filter(v, (1 - trust) * gaussian)
+
+        seen, forwards, transpose = _linearise(A, denoised)
+        solve = _gaussian_solver(gaussian, x, seen, forwards, transpose, sigma_y)
+
+        def respond(residual):
+            u = solve(residual)
+            step = covariance(transpose(u))
+            return step, sigma_y**2 * u + forwards(step)
+
+        change = _conjugate_residuals(respond, (y - seen).flatten(1), iterations)
+        largest = change.abs().max().item()
+        if not largest < 10:  # nor if it is NaN
+            raise ValueError(
+                f"at noise level {sigma} the observation asks for a change by {largest:.3g}: check the "
+                "units of y and A, pixels from 0 to 1, and the first level of the sampler"
+            )
         return denoised + change
 
     return posterior
 
 
-def _equation(A, x, sigma_y):
-    """Return A(x), V -> (u -> V A^T u and (sigma_y^2 + A V A^T) u), and v -> A v, with A's derivative at x for A; u is (B, n)."""
-    seen, transpose = torch.func.vjp(A, x)
-    forwards = torch.func.vjp(lambda u: transpose(u)[0], torch.zeros_like(seen))[1]  # the transpose of the transpose
-
-    def apply(u, V):
-        lifted = V(transpose(u.view_as(seen))[0])
-        return lifted.flatten(1), sigma_y**2 * u + forwards(lifted)[0].flatten(1)
-
-    return seen, lambda V: lambda u: apply(u, V), lambda v: forwards(v)[0]
+def _linearise(A, x):
+    """Return A(x), and with its derivative A' at x the products v -> A' v, (B, n), and u (B, n) -> A'^T u, like x."""
+    seen, pull = torch.func.vjp(A, x)
+    push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(seen))[1]  # the transpose of the transpose
+    return seen, lambda v: push(v)[0].flatten(1), lambda u: pull(u.view_as(seen))[0]
 
 
-def _stationary(response, x, seen, sigma_y, probes=8):
-    """Return about (sigma_y^2 + A G A^T)^-1, for response = A G^(1/2): exact where the cosines of what is seen are independent.
+def _gaussian_solver(gain, x, seen, forwards, transpose, sigma_y, steps=50, tolerance=1e-2):
+    """Return r -> (sigma_y^2 + A G A^T)^-1 r, (B, n), where G has the variances `gain` in the cosines of images."""
+    nearly = _stationary_inverse(gain, x, seen, forwards, sigma_y)
 
-    Their variances are means over a few fixed random pictures like x. What is no picture, (B, C, h, w), comes back as it is.
+    def system(u):
+        return sigma_y**2 * u + forwards(_filter(transpose(u), gain))
+
+    return lambda r: _conjugate_gradients(system, r, nearly, steps, tolerance)
+
+
+def _stationary_inverse(gain, x, seen, forwards, sigma_y, probes=8):
+    """Return r -> about (sigma_y^2 + A G A^T)^-1 r: exact where the cosines of the observation are independent.
+
+    Their variances are means over a few fixed random images like x. What is no image, (B, C, h, w), comes back as it is.
     """
     if seen.ndim != 4:
-        return lambda b: b
+        return lambda r: r
     rng = torch.Generator().manual_seed(0)
-    white = (torch.randn(x.shape[1:], generator=rng, dtype=x.dtype).to(x).expand_as(x) for _ in range(probes))
-    filtered = _filter(1 / (sigma_y**2 + sum(_cosines(response(v)) ** 2 for v in white) / probes))
-    return lambda b: filtered(b.view_as(seen)).flatten(1)
+    variance = sigma_y**2
+    for _ in range(probes):
+        white = torch.randn(x.shape[1:], generator=rng, dtype=x.dtype).to(x).expand_as(x)
+        response = forwards(_filter(white, gain.sqrt())).view_as(seen)
+        variance = variance + _cosines(response) ** 2 / probes
+    return lambda r: _filter(r.view_as(seen), 1 / variance).flatten(1)
 
 
-def _conjugate_residuals(apply, b, iterations, precondition):
-    """Return V A^T u (Eisenstat, Elman, Schultz 1983, GCR). The residual r falls at every step, even if V is no covariance."""
-    solution, r, directions = 0, b, []
+def _conjugate_residuals(respond, b, iterations):
+    """Return the combination of steps, (B, C, H, W), whose responses add up to b, (B, n), as nearly as they can.
+
+    respond(residual) -> a step and its response. The residual falls at every step, whatever the responses (GCR, Eisenstat,
+    Elman, Schultz 1983).
+    """
+    solution, residual, before = 0, b, []
     for _ in range(iterations):
-        lifted, q = apply(precondition(r))
-        for before in directions:
-            share = _dot(q, before[1])
-            lifted, q = lifted - share * before[0], q - share * before[1]
-        size = _dot(q, q).sqrt().clamp_min(1e-30)  # 0 for an image that is solved
-        lifted, q = lifted / size, q / size
-        directions.append((lifted, q))
-        step = _dot(r, q)
-        solution, r = solution + step * lifted, r - step * q
+        step, response = respond(residual)
+        for other, direction in before:
+            share = _dot(response, direction)
+            step = step - share[..., None, None] * other
+            response = response - share * direction
+        size = _dot(response, response).sqrt().clamp_min(1e-30)  # 0 for an image that is solved
+        step, response = step / size[..., None, None], response / size
+        before.append((step, response))
+        share = _dot(residual, response)
+        solution = solution + share[..., None, None] * step
+        residual = residual - share * response
     return solution
 
 
-def _conjugate_gradients(apply, b, precondition, iterations, tolerance):
-    """Return u (Hestenes and Stiefel 1952); an image is done when its residual is `tolerance` of b."""
-    u, r, p, size = torch.zeros_like(b), b, 0.0, 1.0
-    for _ in range(iterations):
-        going = _dot(r, r) > tolerance**2 * _dot(b, b)
+def _conjugate_gradients(system, b, precondition, steps, tolerance):
+    """Return u, system(u) = b (Hestenes and Stiefel 1952); an image is done when its residual is `tolerance` of b."""
+    u, residual, direction, size = torch.zeros_like(b), b, 0.0, 1.0
+    for _ in range(steps):
+        going = _dot(residual, residual) > tolerance**2 * _dot(b, b)
         if not going.any():
             break
-        z = precondition(r)
-        size, before = _dot(r, z), size
-        p = z + torch.where(going, size / before, 0) * p
-        q = apply(p)[1]
-        step = torch.where(going, size / _dot(p, q), 0)
-        u, r = u + step * p, r - step * q
+        z = precondition(residual)
+        size, before = _dot(residual, z), size
+        direction = z + torch.where(going, size / before, 0) * direction
+        response = system(direction)
+        share = torch.where(going, size / _dot(direction, response), 0)
+        u = u + share * direction
+        residual = residual - share * response
     return u
 
 
@@ -517,20 +576,36 @@ def _dot(a, b):  # of each image: (B, n), (B, n) -> (B, 1)
     return (a * b).sum(1, keepdim=True)
 
 
-def _filter(gain):
-    """Return the function that multiplies the discrete cosines of pictures, over channels, rows and columns, by gain."""
-    return lambda v: _cosines(gain * _cosines(v), inverse=True)
+def _filter(x, gain):
+    """Multiply the discrete cosines of images, over channels, rows and columns, by gain (C, H, W)."""
+    return _cosines(gain * _cosines(x), inverse=True)
 
 
-def _cosines(v, inverse=False):
-    """Return the orthogonal discrete cosine transform of v (B, C, H, W), over channels, rows and columns, or its inverse."""
-    matrices = (_cosine_matrix(n, v.dtype, v.device) for n in v.shape[1:])
-    colours, rows, columns = (matrix.T if inverse else matrix for matrix in matrices)
-    return torch.einsum("ij,bjhw->bihw", colours, rows @ v @ columns.T)
+def _cosines(x, inverse=False):
+    """Return the orthogonal discrete cosine transform of x (B, C, H, W), over channels, rows and columns, or its inverse."""
+    for axis in (1, 2, 3):
+        transform = _inverse_cosine if inverse else _cosine
+        x = transform(x.movedim(axis, -1)).movedim(-1, axis)
+    return x
 
 
-@functools.lru_cache(maxsize=8)  # that of a large picture is large
-def _cosine_matrix(n, dtype, device):  # one frequency a row
-    k = torch.arange(n, dtype=torch.float64)
-    matrix = (pi / n * k[:, None] * (k + 0.5)).cos() * (torch.where(k > 0, 2.0, 1.0)[:, None] / n).sqrt()
-    return matrix.to(device, dtype)
+def _cosine(x):
+    """Return the orthogonal cosine transform of the last axis, by one Fourier transform (Makhoul 1980)."""
+    folded = torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], dim=-1)
+    return (torch.fft.fft(folded) * _turn(x)).real
+
+
+def _inverse_cosine(x):  # the transpose, as for every orthogonal transform
+    folded = torch.fft.ifft(x * _turn(x).conj(), norm="forward").real
+    even, odd = folded.tensor_split([(x.shape[-1] + 1) // 2], dim=-1)
+    x = torch.empty_like(folded)
+    x[..., ::2], x[..., 1::2] = even, odd.flip(-1)
+    return x
+
+
+def _turn(x):  # sqrt(2 / n) e^(-i pi k / 2n), n the length of the last axis; sqrt(1 / n) for k = 0
+    n = x.shape[-1]
+    k = torch.arange(n, dtype=x.dtype, device=x.device)
+    size = torch.full_like(k, sqrt(2 / n))
+    size[0] = sqrt(1 / n)
+    return torch.polar(size, -pi * k / (2 * n))
