@@ -4,11 +4,10 @@
     denoised = model(x, 0.1)        # E[x0 | x], the minimum-mean-squared-error estimate
     score = model.score(x, 0.1)     # grad log p_sigma(x) = (denoised - x) / sigma^2  (Tweedie)
 
-x is a float tensor (B, 3, H, W) of images in [0, 1] plus noise of standard deviation sigma in the same units.
+x is a float tensor (B, 3, H, W) of images in [0, 1] plus noise of standard deviation sigma in the
+same units.
 """
 
-import math
-import os
 import zipfile
 from itertools import pairwise
 from numbers import Real
@@ -24,7 +23,7 @@ from torch import nn
 
 
 class CNN3(nn.Module):
-    """Predict the score at one noise level with three 3x3 convolutions (3 -> 64 -> 128 -> 3, ReLU)."""
+    """Predict the score at one noise level with three 3x3 convolutions and ReLU between them."""
 
     def __init__(self):
         super().__init__()
@@ -46,13 +45,18 @@ class CNN3(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """Turn the logarithm of the noise level into features by sines, cosines and a small perceptron."""
+    """Turn the logarithm of the noise level into features by sines, cosines and two layers."""
 
     def __init__(self, features, frequencies=16):
         super().__init__()
-        # log sigma spans a few units, so wavelengths from 2 pi / 0.25 down to 2 pi / 4 resolve it.
+        # log sigma spans a few units: wavelengths from 2 pi / 0.25 down to 2 pi / 4 resolve it.
         self.register_buffer("frequencies", torch.logspace(-2, 2, frequencies, base=2.0))
-        self.layers = nn.Sequential(nn.Linear(2 * frequencies, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+        self.layers = nn.Sequential(
+            nn.Linear(2 * frequencies, features),
+            nn.SiLU(),
+            nn.Linear(features, features),
+            nn.SiLU(),
+        )
 
     def forward(self, log_sigma):  # (B,) -> (B, features)
         angles = log_sigma[:, None] * self.frequencies
@@ -60,10 +64,10 @@ class NoiseEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(SiLU(film(conv(SiLU(x))))), where film scales and shifts each channel by the noise level.
+    """x + conv(SiLU(film(conv(SiLU(x))))); film scales and shifts each channel by the noise level.
 
-    There is no normalisation: at these depths the residual branch that starts at zero is enough, and the
-    memory traffic of a GroupNorm costs a CPU as much as the convolution beside it.
+    There is no normalisation. At these depths the residual branch that starts at zero is enough,
+    and on a CPU a GroupNorm costs as much memory traffic as the convolution beside it.
     """
 
     def __init__(self, channels, features):
@@ -71,8 +75,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.film = nn.Linear(features, 2 * channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        for parameter in (self.film.weight, self.film.bias, self.conv2.weight, self.conv2.bias):
-            nn.init.zeros_(parameter)
+        for layer in (self.film, self.conv2):
+            _start_at_zero(layer)
 
     def forward(self, x, embedding):  # (B, C, H, W), (B, features) -> (B, C, H, W)
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
@@ -82,12 +86,11 @@ class ResidualBlock(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """x + conv(softmax(q k / sqrt(8)) v) in heads of 32 channels, among the positions of each window (Vaswani et al. 2017).
+    """x + conv(softmax(q k / sqrt(8)) v), in heads of 32 channels, within windows.
 
-    Queries and keys are normalised (Henry et al. 2020), so that no logit grows beyond 32 / sqrt(8). Windows are aligned to the
-    first pixel; those at the far edges are as large as what is left of the picture. On a CPU the attention is written out, since
-    the library's own is slower there, the more so backwards, and takes some windows at a time, which is faster and takes less
-    memory; a GPU takes the library's, and all windows at once.
+    Attention after Vaswani et al. 2017. Queries and keys are normalised (Henry et al. 2020), so
+    that no logit exceeds 32 / sqrt(8). Windows are aligned to the first pixel; those at the far
+    edges are as large as what is left of the image.
     """
 
     def __init__(self, channels, window):
@@ -95,55 +98,69 @@ class WindowAttention(nn.Module):
         self.window = window
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        for parameter in (self.out.weight, self.out.bias):
-            nn.init.zeros_(parameter)
+        _start_at_zero(self.out)
 
     def forward(self, x, embedding):  # (B, C, H, W), unused -> (B, C, H, W)
-        (height, width), w = x.shape[2:], self.window
-        padding = (0, -width % w, 0, -height % w)
+        height, width = x.shape[2:]
+        q, k, v = _to_windows(self.qkv(x), self.window).chunk(3, dim=2)
+        q, k, v = (_to_heads(part) for part in (q, k, v))
+        mask = None
+        if height % self.window or width % self.window:  # nobody attends to padding
+            inside = torch.ones_like(x[:, :1])
+            mask = _to_windows(inside, self.window).transpose(1, 2)[:, None] > 0
+        q, k = F.rms_norm(q, (32,)), F.rms_norm(k, (32,))
+        h = F.scaled_dot_product_attention(q, k, v, mask, scale=8**-0.5)
+        h = h.transpose(1, 2).flatten(2)
+        return x + self.out(_from_windows(h, self.window, height, width))
 
-        def windows(t, heads):  # (B, heads * c, H, W) -> (B * windows, heads, w * w, c)
-            t = F.pad(t, padding).permute(0, 2, 3, 1).unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)
-            return t.reshape(-1, w * w, heads, t.shape[-1] // heads).transpose(1, 2)
 
-        def attend(q, k, v, there):  # -> (windows, w * w, heads, 32)
-            q, k = F.rms_norm(q, (32,)), F.rms_norm(k, (32,))
-            mask = there if any(padding) else None  # nobody looks at what is not there
-            if x.is_cuda:
-                return F.scaled_dot_product_attention(q, k, v, mask, scale=8**-0.5).transpose(1, 2)
-            logits = q / 8**0.5 @ k.transpose(2, 3)
-            if mask is not None:
-                logits = logits.masked_fill(~mask, -math.inf)
-            return (logits.softmax(-1) @ v).transpose(1, 2)
+def _to_windows(x, w):
+    """Cut (B, C, H, W), padded with zeros, into (B * windows, w * w, C)."""
+    x = F.pad(x, (0, -x.shape[3] % w, 0, -x.shape[2] % w))
+    x = x.unflatten(3, (-1, w)).unflatten(2, (-1, w))  # (B, C, rows, w, columns, w)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
 
-        q, k, v = (windows(t, t.shape[1] // 32) for t in self.qkv(x).chunk(3, dim=1))
-        there = windows(torch.ones_like(x[:, :1]), 1).transpose(2, 3) > 0
-        some = len(q) if x.is_cuda else 32
-        h = torch.cat([attend(*parts) for parts in zip(*(t.split(some) for t in (q, k, v, there)))])
-        h = h.reshape(len(x), -(-height // w), -(-width // w), w, w, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return x + self.out(h[:, :height, :width].permute(0, 3, 1, 2))
+
+def _from_windows(x, w, height, width):
+    """Put (B * windows, w * w, C) back together as (B, C, height, width), without the padding."""
+    rows, columns = -(-height // w), -(-width // w)
+    x = x.unflatten(1, (w, w)).unflatten(0, (-1, rows, columns))  # (B, rows, columns, w, w, C)
+    x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return x[:, :, :height, :width]
+
+
+def _to_heads(x):  # (windows, w * w, heads * 32) -> (windows, heads, w * w, 32)
+    return x.unflatten(2, (-1, 32)).transpose(1, 2)
+
+
+def _start_at_zero(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class UNet(nn.Module):
-    """A U-Net with added (not concatenated) skips; `widths`, `blocks` and `attention` are per resolution, finest first.
+    """A U-Net with added skips; widths, blocks and attention are per resolution, finest first.
 
-    Where `attention` is 1, the stage on the way up (at the coarsest resolution: the only one) has an attention layer, in
-    windows of 32 x 32 pixels of the picture: the size of the images that the network is trained on. `features` is the number
-    of features that tell each block the noise level.
+    Where attention is 1, the stage on the way up (at the coarsest resolution: the only one) has an
+    attention layer, in windows of 32 x 32 pixels of the image. From `features` numbers each block
+    learns the noise level.
     """
 
     def __init__(self, widths, blocks, attention, features):
         super().__init__()
-        shapes = [(w, n, features, a * 32 // 2**i) for i, (w, n, a) in enumerate(zip(widths, blocks, attention))]
         self.embedding = NoiseEmbedding(features)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.encoder = nn.ModuleList([*(stage(*s[:3]) for s in shapes[:-1]), stage(*shapes[-1])])
-        self.decoder = nn.ModuleList(stage(*s) for s in shapes[:-1])
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for i, (channels, count) in enumerate(zip(widths, blocks)):
+            window = attention[i] * 32 // 2**i
+            coarsest = i == len(widths) - 1
+            self.encoder.append(stage(channels, count, features, window if coarsest else 0))
+            if not coarsest:
+                self.decoder.append(stage(channels, count, features, window))
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.head = nn.Conv2d(widths[0], 3, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        _start_at_zero(self.head)
 
     def forward(self, x, log_sigma):  # (B, 3, H, W), (B,) -> (B, 3, H, W)
         height, width = x.shape[-2:]
@@ -166,7 +183,7 @@ class UNet(nn.Module):
 
 
 def stage(channels, blocks, features, window=0):
-    """Return residual blocks, and attention after the first of them if the window is not 0."""
+    """Return residual blocks, with attention after the first of them if the window is not 0."""
     layers = [ResidualBlock(channels, features) for _ in range(blocks)]
     if window:
         layers.insert(1, WindowAttention(channels, window))
@@ -179,93 +196,128 @@ def stage(channels, blocks, features, window=0):
 
 
 class ScoreModel(nn.Module):
-    """A network with the arithmetic around it that makes it a denoiser, and with it a score.
+    """A network with the arithmetic around it that makes it a denoiser, and so a score.
 
-    network "unet" is preconditioned after Karras et al. 2022 (EDM, table 1), around the middle grey 0.5:
+    network "unet" is preconditioned (Karras et al. 2022, table 1) around the middle grey 0.5:
         D(x, sigma) = c_skip x + c_out F(c_in x, log sigma),
     so that the input and the target of F have unit variance at every noise level.
     network "cnn3" is the score itself, at the single level it was trained for:
         D(x, sigma) = x + sigma^2 F(x).
 
-    widths, blocks, attention, features: those of UNet; the first checkpoints have 96 features, and do not say so.
-    sigma_min, sigma_max: the trained range of noise levels. Outside it the network is asked as at the nearest end, while the
-    arithmetic around it keeps to the level asked for: an extrapolation, and with "unet" one that stays an image.
-    bfloat16: run the network's products in bfloat16 (about 5 times faster where the hardware has it); everything
-    around the network, and so the state of a sampler, stays in the precision of x.
-    Raises ValueError, before anything is built, for an unknown network or numbers that no network can have.
+    widths, blocks, attention, features: those of UNet.
+    sigma_min, sigma_max: the trained range of noise levels. Outside it the network is given the
+    nearest trained level; the preconditioning still uses the true one.
+    autocast: run the network's products in bfloat16 (about 5 times faster where the hardware has
+    it); everything around the network, and so the state of a sampler, stays in the precision of x.
+    Raises ValueError for an unknown network or numbers that no network can have.
     """
 
     sigma_data = 0.25  # standard deviation of the pixels of natural images around 0.5
 
-    def __init__(self, network, sigma_min, sigma_max, widths=(), blocks=(), attention=(), features=96, bfloat16=False):
+    def __init__(
+        self,
+        network,
+        sigma_min,
+        sigma_max,
+        widths=(),
+        blocks=(),
+        attention=(),
+        features=48,
+        autocast=False,
+    ):
         super().__init__()
-        attention = attention or (0,) * len(widths)
         if not 1e-6 <= sigma_min <= sigma_max <= 1e6:
-            raise ValueError(f"noise range must be 0 < sigma_min <= sigma_max, not {sigma_min} and {sigma_max}")
-        if network not in ("unet", "cnn3"):
+            words = "noise levels must satisfy 1e-6 <= sigma_min <= sigma_max <= 1e6"
+            raise ValueError(f"{words}, not {sigma_min} and {sigma_max}")
+        self.config = {"network": network, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        self.sigma_min, self.sigma_max, self.autocast = sigma_min, sigma_max, autocast
+        if network == "cnn3":
+            if sigma_min != sigma_max:
+                words = f"not {sigma_min} to {sigma_max}"
+                raise ValueError(f"network 'cnn3' is trained for one noise level, {words}")
+            self.net = CNN3()
+        elif network == "unet":
+            shape = {"widths": tuple(widths), "blocks": tuple(blocks)}
+            shape |= {"attention": tuple(attention), "features": features}
+            _check_shape(**shape)
+            self.config |= shape
+            self.net = UNet(**shape)
+        else:
             raise ValueError(f"unknown network '{network}': choose 'unet' or 'cnn3'")
-        if network == "cnn3" and sigma_min != sigma_max:
-            raise ValueError(f"network 'cnn3' has one noise level: sigma_min {sigma_min} and sigma_max {sigma_max} must be equal")
-        if network == "unet":
-            _check_shape(widths, blocks, attention, features)
-        self.config = dict(network=network, sigma_min=sigma_min, sigma_max=sigma_max)
-        if network == "unet":
-            self.config |= dict(widths=tuple(widths), blocks=tuple(blocks), attention=tuple(attention), features=features)
-        self.sigma_min, self.sigma_max, self.bfloat16 = sigma_min, sigma_max, bfloat16
-        self.net = CNN3() if network == "cnn3" else UNet(widths, blocks, attention, features)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, sigma):
         """Return E[x0 | x], the denoised image (Tweedie's formula read backwards).
 
-        x: (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma, in units of [0, 1]: a number, or one for each image
-        as a tensor, array or list of B values in any shape.
-        Raises ValueError if x is not such a tensor of float32 or float64, or sigma has another number of values, or is a
-        negative number.
+        x: floats (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma, in units of [0, 1]:
+        a number, or a tensor, array or list of one value or of B values, in any shape.
+        Raises ValueError for another x, for another number of levels, and for a level that is
+        negative or not a number. Levels on a GPU, in a compiled or exported graph or within vmap
+        are not checked: there, looking at values is slow or impossible. Forward-mode derivatives on
+        a CPU need torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
         """
-        if x.dtype not in (torch.float32, torch.float64) or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
-            raise ValueError(f"expected (B, 3, H, W) of float32 or float64, not {tuple(x.shape)} of {x.dtype}")
+        if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+            raise ValueError(f"expected floats (B, 3, H, W), not {tuple(x.shape)} of {x.dtype}")
         s = _per_image(sigma, x)
         if self.config["network"] == "cnn3":
             return x + s**2 * self._features(x)
         variance = s**2 + self.sigma_data**2
-        c_skip, c_out, c_in = self.sigma_data**2 / variance, s * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
+        c_skip = self.sigma_data**2 / variance
+        c_out = s * self.sigma_data / variance.sqrt()
+        c_in = 1 / variance.sqrt()
         centred = x - 0.5
-        log_sigma = s.flatten().float().clamp(self.sigma_min, self.sigma_max).log()
+        log_sigma = s.flatten().clamp(self.sigma_min, self.sigma_max).log()
         return 0.5 + c_skip * centred + c_out * self._features(c_in * centred, log_sigma)
 
     def score(self, x, sigma):
-        """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, shape of x (Miyasawa 1961, Robbins 1956)."""
+        """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, shape of x (Robbins 1956)."""
         return (self(x, sigma) - x) / _per_image(sigma, x) ** 2
 
-    def _features(self, x, *condition):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            out = self.net(x.float().contiguous(memory_format=torch.channels_last), *condition)
-        return out.to(x.dtype)
+    def _features(self, *inputs):
+        """Run the network in the precision of its weights; the result has that of the inputs."""
+        dtype = next(self.net.parameters()).dtype
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.autocast):
+            out = self.net(*(value.to(dtype) for value in inputs))
+        return out.to(inputs[0].dtype)
 
 
 def _check_shape(widths, blocks, attention, features):
-    numbers = [*widths, *blocks, *attention, features]
-    if not (len(widths) == len(blocks) == len(attention) in range(1, 6) and all(type(n) is int for n in numbers)):
-        raise ValueError(f"give integers, 1 to 5 and as many as each other: {widths=}, {blocks=}, {attention=}; {features=}")
-    if not (all(1 <= w <= 2048 for w in (*widths, features)) and all(1 <= n <= 100 for n in blocks)):
-        what = f"widths {tuple(widths)} and features {features} must lie between 1 and 2048"
-        raise ValueError(f"{what}, and blocks {tuple(blocks)} between 1 and 100")
-    if (weights := sum(18 * n * w**2 for w, n in zip(widths, blocks))) > 5e8:
-        raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} make {weights:.1g} weights: at most 5e8")
-    if any(a not in (0, 1) or (a and w % 32) for a, w in zip(attention, widths)):
-        raise ValueError(f"attention {tuple(attention)} is 0 or 1, and 1 only where widths {tuple(widths)} are multiples of 32")
+    numbers = (*widths, *blocks, features)
+    if not (1 <= len(widths) <= 5 and len(widths) == len(blocks) == len(attention)):
+        words = "give 1 to 5 widths, and as many blocks and attention"
+        raise ValueError(f"{words}, not {widths}, {blocks} and {attention}")
+    if not all(isinstance(number, int) and 1 <= number <= 2048 for number in numbers):
+        words = "widths, blocks and features must be integers from 1 to 2048"
+        raise ValueError(f"{words}, not {widths}, {blocks} and {features}")
+    for use, width in zip(attention, widths):
+        if use not in (0, 1) or (use and width % 32):
+            words = "attention is 0 or 1, and 1 only where the width is a multiple of 32"
+            raise ValueError(f"{words}, not {attention} with widths {widths}")
 
 
-def _per_image(sigma, x):  # -> (B, 1, 1, 1) like x
-    if isinstance(sigma, Real):  # filled in on the device: to copy a number there would make a GPU wait
-        if not 0 <= sigma <= 1e18:  # beyond, its square is not a float32
-            raise ValueError(f"a noise level must not be negative, or above 1e18: {sigma}")
-        sigma = torch.full((), float(sigma), dtype=x.dtype, device=x.device)
-    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    if sigma.numel() not in (1, len(x)):
-        raise ValueError(f"{sigma.numel()} noise levels for {len(x)} images: give one, or one for each image")
-    return sigma.reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
+def _per_image(sigma, x):
+    """Return the noise levels as (B, 1, 1, 1), like x."""
+    if isinstance(sigma, Real):  # filled in on the device: a GPU would wait for a copied number
+        valid = 0 <= sigma <= 1e18
+        levels = torch.full((), float(sigma), dtype=x.dtype, device=x.device)
+    else:
+        levels = torch.as_tensor(sigma)
+        valid = _are_valid(levels)
+    if not valid:
+        raise ValueError(f"a noise level must lie between 0 and 1e18, not {sigma}")
+    if levels.numel() not in (1, x.shape[0]):
+        words = "give one, or one for each image"
+        raise ValueError(f"{levels.numel()} noise levels for {x.shape[0]} images: {words}")
+    return levels.to(x).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
+
+
+def _are_valid(levels):
+    if levels.is_cuda or torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(((levels >= 0) & (levels <= 1e18)).all())
+    except RuntimeError:  # within vmap, which has no single value to look at
+        return True
 
 
 # -----------------------------------------------------------------------------
@@ -274,32 +326,38 @@ def _per_image(sigma, x):  # -> (B, 1, 1, 1) like x
 
 
 def load_model(path, device="cpu", bfloat16=False):
-    """Load a checkpoint of train_score.py: a ScoreModel in eval mode with the EMA weights, on `device`.
+    """Load a checkpoint of train_score.py: a ScoreModel in eval mode with the averaged weights.
 
-    Its `info` is what the training wrote about itself: options, images seen, hardware, validation PSNR.
+    path: a file. What ships with the project ("checkpoints/score_cifar10.pt") is found from any
+    folder. bfloat16: run the network's products in bfloat16.
+    Its `info` is what the training wrote about itself: options, images seen, hardware, PSNR.
     Raises FileNotFoundError if there is no such file and ValueError if it is not such a checkpoint.
     """
-    checkpoint = load_checkpoint(path)
+    shipped = Path(__file__).resolve().parent / path
+    checkpoint = load_checkpoint(shipped if shipped.exists() and not Path(path).exists() else path)
     try:
-        with torch.device("meta"):  # so that nothing is allocated for a shape that the weights do not have
-            model = ScoreModel(**checkpoint["config"], bfloat16=bfloat16)
+        with torch.device("meta"):  # allocates nothing for a shape that the weights do not have
+            model = ScoreModel(**checkpoint["config"], autocast=bfloat16)
         restore(model, checkpoint["weights"])
         model.info = dict(checkpoint["info"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"'{path}' is not a checkpoint of train_score.py ({type(error).__name__}: {reason})") from None
-    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"'{path}' is not a checkpoint of train_score.py ({reason})") from None
+    model.eval().requires_grad_(False)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def load_checkpoint(path):
-    """Read a dictionary of tensors and plain values; checksums are verified, and no code in the file is run.
+    """Read a dictionary of tensors and plain values; no code in the file is run.
 
-    Raises FileNotFoundError, or ValueError if the file cannot be read, is damaged, or holds anything else.
+    Raises FileNotFoundError, or ValueError if the file cannot be read, if its checksums say that it
+    is damaged, or if it holds anything else.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint at '{path}': train one with train_score.py, or name another")
-    if not (Path(path).is_file() and os.access(path, os.R_OK)):
-        raise ValueError(f"'{path}' is not a file that can be read")
+        words = "train one with train_score.py, or name another"
+        raise FileNotFoundError(f"no checkpoint at '{path}': {words}")
+    if not Path(path).is_file():
+        raise ValueError(f"'{path}' is not a file")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -308,29 +366,20 @@ def load_checkpoint(path):
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds a {type(checkpoint).__name__}")
     except Exception as error:  # whatever a damaged archive or pickle can raise
-        raise ValueError(f"'{path}' is not a checkpoint, or it is damaged ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"'{path}' is not a checkpoint, or it is damaged ({reason})") from None
     return checkpoint
 
 
 def restore(module, weights):
-    """Load weights into a module; raises ValueError unless names, shapes and types agree and all values are finite."""
+    """Load weights into a module; raises ValueError unless they fit and all values are finite."""
     expected = module.state_dict()
     if not isinstance(weights, dict) or weights.keys() != expected.keys():
         raise ValueError("its weights have other names")
     for name, value in weights.items():
-        if not torch.is_tensor(value) or (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
+        wanted = expected[name]
+        if not torch.is_tensor(value) or (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"its weight {name} has another shape or type")
         if not value.isfinite().all():
             raise ValueError(f"its weight {name} is not finite")
     module.load_state_dict(weights, assign=any(value.is_meta for value in expected.values()))
-
-
-def restore_optimizer(optimizer, state, memory):
-    """Load what an optimiser remembers; raises ValueError unless each weight has the memory, of its shape and finite."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    for parameter in optimizer.param_groups[0]["params"] if memory else []:
-        found = optimizer.state[parameter]
-        if found.keys() != memory or any(x.shape not in ((), parameter.shape) for x in found.values()):
-            raise ValueError("the memory of an optimiser has other names or shapes")
-        if not all(x.isfinite().all() for x in found.values()):
-            raise ValueError("the memory of an optimiser is not finite")

@@ -1,24 +1,28 @@
 """Train a score network on noised images with the denoising score-matching loss.
 
-    python train_score.py                               # CIFAR-10, the network that ships in checkpoints/
+    python train_score.py                               # CIFAR-10, the network in checkpoints/
     python train_score.py --data PATH --name mine       # any folder of images and .npy arrays
+    python train_score.py --network cnn3 --sigmas 0.1 --optimizer adam --lr 1e-4 --decay 0 \\
+        --ema 0 --clip inf --batch-size 64 --epochs 200 --name cnn3       # the recipe
     python train_score.py --help                        # every constant below is an option
 
 The loss (Vincent 2011), for clean images x0 and x = x0 + sigma n, is
 
-    E lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2  =  E lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
+    E lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2
+        = E lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
 
-Ctrl-C saves and stops; a crash loses the time since the last save. Run the same command again to go on, with the
-same result as if it had not stopped (on a GPU, to rounding); with more --epochs it goes on beyond. `torchrun
---nproc-per-node=N train_score.py` shares each batch among N processes, a GPU for each where there are any, with the
-result of one to rounding.
+Ctrl-C saves and stops; a crash loses the time since the last save. The same command goes on, with
+the same result as if it had not stopped (on a GPU, to rounding); with more --epochs it goes on
+beyond. `torchrun --nproc-per-node=N train_score.py` shares each batch among N processes, a GPU for
+each where there are any, with the result of one to rounding.
 """
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules below load
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules load
 
+import contextlib
 import copy
 import functools
 import math
@@ -31,57 +35,54 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
-from model import ScoreModel, load_checkpoint, load_model, restore, restore_optimizer
+from model import ScoreModel, load_checkpoint, load_model
 
 # -----------------------------------------------------------------------------
 # data
-DATA = "cifar10"  # "cifar10" (downloaded on first use), "samples" (photographs, no network), or a path
-DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-VAL_IMAGES = 500  # the last images of the data are never trained on
-TEST = "none"  # measured once at the end, on the first 1,000: "cifar10" (its test images), a path, or "none"
-FLIP = True  # flip each image left to right with probability 1/2
+DATA = "cifar10"  # "cifar10" (downloaded on first use), "samples" (photographs), or a path
+TEST = "none"  # measured at the end, on its first 1,000 images: "cifar10" (test images), a path
+VAL_IMAGES = 500  # the last images of the data are never trained on, and validate
+CROP = 32  # side in pixels of a random crop of each image; smaller images are left out
+FLIP = True  # mirror each crop with probability 1/2
+TURN = False  # turn each crop by a random number of quarter turns: helps where images are few
 # network
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
-WIDTHS = (64, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 run fastest
+WIDTHS = (64, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 are fastest
 BLOCKS = (1, 3, 2)  # unet: residual blocks per resolution
 ATTENTION = (0, 1, 1)  # unet: 1 where a resolution has an attention layer, on the way up
-FEATURES = 48  # unet: features that tell each block the noise level
 INIT = "none"  # checkpoint to start from, to fine-tune it on other images; "none": random weights
-# noise, in units of [0, 1] pixels
-SIGMA_MIN = 0.005  # lowest noise level
-SIGMA_MAX = 20.0  # highest noise level; equal for one level
-TAILS = 0.05  # share of the levels below 0.015, and another of those above 0.7; log-uniform there and between
+# noise
+SIGMAS = (0.005, 20.0)  # lowest and highest noise level, for pixels in [0, 1]; or a single one
+TAILS = 0.05  # share of the levels below 0.015, and of those above 0.7; log-uniform in each part
 # optimiser
-OPTIMIZER = "muon"  # "muon" (for the hidden convolutions, with Adam for the rest) or "adam" (for all)
-EPOCHS = 226  # passes over the data; for a CPU, or few images: 26, in batches of 32 at a rate of 3e-3
+OPTIMIZER = "muon"  # "muon" (for the hidden convolutions, Adam for the rest) or "adam" (for all)
+EPOCHS = 226  # passes over the data; on a CPU: 26, in batches of 32 at a rate of 3e-3
 BATCH_SIZE = 512  # images per step
-LR = 4e-3  # learning rate of both optimisers; Muon moves a weight by 0.2 LR a step, Adam by about as much
-WEIGHT_DECAY = 0.1  # Muon's weights shrink by this times the learning rate in each step
-WARMUP = 500  # steps over which the learning rate rises from zero
-DECAY = 0.8  # last fraction of the training over which it falls linearly to zero; 0 keeps it constant
-CLIP = 5.0  # largest norm of a gradient; twice the usual one of 32 images: a rare outlier would steer Muon for many steps
+LR = 4e-3  # learning rate: Muon moves a weight by 0.2 LR a step, Adam by about as much
+DECAY = 0.8  # last fraction of the steps, in which the rate falls to zero; 0: constant throughout
+CLIP = 5.0  # largest norm of a gradient; twice the usual: a rare outlier would steer Muon for long
 EMA = 0.999  # decay per step of the averaged weights, which are the ones kept; 0 keeps the last
 # run
 NAME = "score"  # of checkpoints/NAME.pt and figures/NAME_training.png
-SEED = 0  # decides weights, order, flips and noise
+SEED = 0  # decides weights, order, crops and noise
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
-PRECISION = "auto"  # of the network: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
-COMPILE = False  # compile the network first: takes a minute, and a C compiler; a GPU then trains almost three times as fast
+PRECISION = "auto"  # of the network: "bfloat16", "float32"; "auto": bfloat16 if the hardware has it
+COMPILE = False  # takes a minute and a C compiler; a GPU then trains almost three times as fast
 SAVE_MINUTES = 5.0  # minutes between saves
-LOG_STEPS = 100  # steps per point of the loss curve
-VAL_SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5)  # noise levels of the validation; those outside the range are left out
 # -----------------------------------------------------------------------------
 
 
 def denoising_loss(model, x0, sigma, noise):
-    """Return the score-matching loss with lambda = sigma^4 / typical_error(sigma): the error over what it can be.
+    """Return the score-matching loss with lambda = sigma^4 / typical_error(sigma).
 
-    The gradient is then about that of the mean over noise levels of log MSE, so of PSNR: one dB counts the same at
-    every level. x0, noise: (B, 3, H, W). sigma: (B,).
+    The gradient is then about that of the mean over noise levels of log MSE, so of PSNR, which
+    gives every noise level about the same weight. x0, noise: (B, 3, H, W). sigma: (B,).
     """
     s = sigma[:, None, None, None]
     x = x0 + s * noise
@@ -89,41 +90,108 @@ def denoising_loss(model, x0, sigma, noise):
 
 
 def typical_error(sigma):
-    """Return about the mean squared error of a good denoiser on CIFAR-10: sigma^2 at low levels, and at most 0.07."""
+    """Return about the mean squared error of a good denoiser on CIFAR-10: sigma^2, at most 0.07."""
     return sigma**2 / (1 + sigma / 0.014 + sigma**2 / 0.07)
 
 
-def noise_law(u, sigma_min, sigma_max, tails):
-    """Return the noise levels at the quantiles u in [0, 1]: log-uniform below 0.015, from 0.015 to 0.7, and above 0.7."""
-    corners = [(0.0, sigma_min), (tails, 0.015), (1 - tails, 0.7), (1.0, sigma_max)]
-    corners = corners[:1] + [(v, s) for v, s in corners[1:3] if sigma_min < s < sigma_max] + corners[3:]
-    log_sigma = math.log(sigma_min)
-    for (v, s), (v_next, s_next) in pairwise(corners):
+def noise_law(u, low, high, tails):
+    """Return the noise levels at the quantiles u in [0, 1].
+
+    They lie from low to high: a share `tails` below 0.015, as many above 0.7, and log-uniform in
+    each of the three parts; in one part if neither 0.015 nor 0.7 lies between low and high.
+    Raises ValueError unless 0 < tails < 0.5.
+    """
+    utils.check(0 < tails < 0.5, "TAILS", tails, "must lie between 0 and 0.5")
+    inner = [(v, s) for v, s in ((tails, 0.015), (1 - tails, 0.7)) if low < s < high]
+    log_sigma = math.log(low)
+    for (v, s), (v_next, s_next) in pairwise([(0.0, low), *inner, (1.0, high)]):
         log_sigma = log_sigma + (u.clamp(v, v_next) - v) / (v_next - v) * math.log(s_next / s)
     return log_sigma.exp()
 
 
-def make_batch(images, step, batch_size, flip, law, seed):
-    """Return x0, sigma and noise of one step; they depend on the seed and the step alone, so a run can be resumed.
+# -----------------------------------------------------------------------------
+# Batches
+# -----------------------------------------------------------------------------
 
-    images: uint8 (N, 3, H, W). law: from quantiles in [0, 1] to noise levels.
+
+class Crops:
+    """Images of any sizes, held in memory as one column of pixels, and random crops of them.
+
+    images: uint8 (H, W, 3) each, H, W >= size. size: side of a crop in pixels. flip: mirror half of
+    the crops. turn: turn them by a random number of quarter turns.
     """
-    epoch, position = divmod(step, math.ceil(len(images) / batch_size))
-    index = epoch_order(len(images), seed, epoch)[position * batch_size : (position + 1) * batch_size]
-    x0 = images[index.to(images.device)].float() / 255  # (B, 3, H, W)
 
-    rng = generator(seed, 1, step, images.device)
-    if flip:
-        flipped = torch.rand(len(x0), device=x0.device, generator=rng) < 0.5
-        x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
-    # One quantile from each of B equal slices: the same law as independent ones, less variance of the loss.
-    u = (torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device, generator=rng)) / len(x0)
-    return x0, law(u), torch.randn(x0.shape, device=x0.device, generator=rng)
+    def __init__(self, images, size, flip, turn, device="cpu"):
+        shapes = torch.tensor([image.shape[:2] for image in images], device=device)
+        areas = shapes.prod(dim=1)
+        self.height, self.width, self.start = *shapes.T, areas.cumsum(0) - areas
+        pixels = np.concatenate([image.reshape(-1, 3) for image in images])
+        self.pixels = torch.from_numpy(pixels).to(device)
+        self.size, self.flip, self.turn = size, flip, turn
+
+    def __len__(self):
+        return len(self.start)
+
+    def draw(self, index, rng):
+        """Return a crop of each image of the index (B,): floats (B, 3, size, size) in [0, 1]."""
+        width, last = self.width[index], self.size - 1
+        numbers = torch.randint(2**31, (4, len(index)), generator=rng, device=index.device)
+        top = numbers[0] % (self.height[index] - last)
+        left = numbers[1] % (width - last)
+        mirrored = (numbers[2] % 2 == 1)[:, None, None] & self.flip
+        quarters = (numbers[3] % 4)[:, None, None] * self.turn
+
+        # The pixel (row, column) of a crop comes from another place of it if mirrored or turned.
+        side = torch.arange(self.size, device=index.device)
+        rows, columns = side[None, :, None], side[None, None, :]
+        columns = torch.where(mirrored, last - columns, columns)
+        rows = torch.where(quarters >= 2, last - rows, rows)
+        columns = torch.where(quarters >= 2, last - columns, columns)
+        turned = quarters % 2 == 1
+        from_rows = torch.where(turned, columns, rows)
+        from_columns = torch.where(turned, last - rows, columns)
+
+        corner = self.start[index] + top * width + left
+        places = corner[:, None, None] + from_rows * width[:, None, None] + from_columns
+        return self.pixels[places].permute(0, 3, 1, 2).float() / 255  # in channels_last
 
 
-@functools.lru_cache(maxsize=1)
-def epoch_order(count, seed, epoch):
-    return torch.randperm(count, generator=generator(seed, 0, epoch, "cpu"))
+def middle(images, size):
+    """Return the middle size x size pixels of each image: a uint8 tensor (N, 3, size, size)."""
+    crops = []
+    for image in images:
+        top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+        crops.append(image[top : top + size, left : left + size])
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+
+
+def make_batch(crops, step, batch_size, low, high, tails, seed):
+    """Return x0, sigma and noise of one step, which depend on the seed and the step alone."""
+    device = crops.pixels.device
+    rng = generator(seed, 1, step, device)
+    x0 = crops.draw(images_of_step(len(crops), step, batch_size, seed).to(device), rng)
+    # One quantile from each of B equal slices: the same law as independent ones, less variance.
+    u = torch.rand(batch_size, device=device, generator=rng)
+    u = (torch.arange(batch_size, device=device) + u) / batch_size
+    noise = torch.randn(x0.permute(0, 2, 3, 1).shape, device=device, generator=rng)
+    return x0, noise_law(u, low, high, tails), noise.permute(0, 3, 1, 2)
+
+
+def images_of_step(count, step, batch_size, seed):
+    """Return which of `count` images a step takes: (B,).
+
+    They stand at step * B to step * B + B - 1 of an endless stream, in which each pass over the
+    images has an order of its own.
+    """
+    first, end = step * batch_size, (step + 1) * batch_size
+    passes = range(first // count, (end - 1) // count + 1)
+    stream = torch.cat([order_of_pass(count, number, seed) for number in passes])
+    return stream[first % count :][:batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def order_of_pass(count, number, seed):
+    return torch.randperm(count, generator=generator(seed, 0, number, "cpu"))
 
 
 def generator(seed, purpose, count, device):
@@ -132,68 +200,92 @@ def generator(seed, purpose, count, device):
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
-def learning_rate(step, steps, lr, warmup, decay):
-    rise = min(1, (step + 1) / warmup) if warmup else 1
-    fall = min(1, (1 - step / steps) / decay) if decay else 1
-    return lr * rise * fall
+# -----------------------------------------------------------------------------
+# The optimisers
+# -----------------------------------------------------------------------------
 
 
-def make_optimizers(model, optimizer, lr, weight_decay):
+def learning_rate(step, steps, lr, decay):
+    """Return the rate of a step: it rises over 500 steps, at most a tenth of all, and falls to 0.
+
+    decay: the last fraction of the steps over which it falls; 0: the rate is lr throughout.
+    """
+    utils.check(0 <= decay <= 1, "DECAY", decay, "must lie between 0 and 1")
+    if decay == 0:
+        return lr
+    rise = (step + 1) / min(500, steps / 10)
+    fall = (1 - step / steps) / decay
+    return lr * min(1, rise, fall)
+
+
+def make_optimizers(model, optimizer, lr):
     """Return the optimisers that together train the model.
 
-    Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates) replaces the update
-    of a matrix by the nearest orthogonal one, so that all its directions learn at one pace. A convolution is a matrix
-    from the patch it sees to its output channels, a transposed one from its input channels to the patch it makes. The
-    first and the last convolution, which meet the pixels, the biases and what embeds the noise level are left to Adam,
-    whose average of squares is then as short as Muon's momentum: over a longer one, a lone image at a high noise level,
-    with a gradient a hundred times the usual one, is hardly noticed, and the step is as much too large.
+    Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates)
+    replaces the update of a matrix by the nearest orthogonal one, so that all its directions learn
+    at one pace. A convolution is a matrix from the patch it sees to its output channels, a
+    transposed one from its input channels to the patch it makes. The first and the last
+    convolution, which meet the pixels, the biases and what embeds the noise level are left to Adam.
+    Its average of squares is then as short as Muon's momentum: a longer one would hardly notice a
+    lone image at a high noise level, whose gradient is a hundred times the usual one.
     """
+    utils.check(optimizer in ("muon", "adam"), "OPTIMIZER", optimizer, "must be muon or adam")
+    if optimizer == "adam":
+        return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
     convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    hidden = [m.weight for m in convolutions[1:-1]] if optimizer == "muon" else []
-    taken, betas = {id(weight) for weight in hidden}, (0.9, 0.95 if hidden else 0.999)
-    adam = torch.optim.Adam([p for p in model.parameters() if id(p) not in taken], lr=lr, betas=betas, fused=True)
-    return [adam, HiddenMuon(hidden, lr, weight_decay)] if hidden else [adam]
+    hidden = [module.weight for module in convolutions[1:-1]]
+    taken = {id(weight) for weight in hidden}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    return [torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.95), fused=True), HiddenMuon(hidden, lr)]
+
+
+@torch.no_grad()
+def update_average(average, model, step, ema):
+    """Move the averaged weights towards the model's, at first faster, to forget the start."""
+    decay = min(ema, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 class HiddenMuon(torch.optim.Muon):
-    """torch's Muon for convolutions in channels_last: their weights, seen as matrices, those of one shape all at once.
+    """torch's Muon for convolutions in channels_last: those of one shape all at once.
 
-    torch's own step takes the matrices one by one, in some thirty small operations each, between which a GPU waits for the CPU.
+    torch's own step takes the matrices one by one, in some thirty small operations each, between
+    which a GPU waits for the CPU.
     """
 
-    def __init__(self, weights, lr, weight_decay):
+    def __init__(self, weights, lr, weight_decay=0.1):
         self.weights = weights
-        super().__init__([nn.Parameter(self.as_matrix(w.detach())) for w in weights], lr=lr, weight_decay=weight_decay)
-        for matrix in self.param_groups[0]["params"]:
+        matrices = [nn.Parameter(self.as_matrix(weight.detach())) for weight in weights]
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay)
+        for matrix in matrices:
             self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
 
     @staticmethod
-    def as_matrix(weight):  # (out, in, height, width) -> (out, height * width * in); `view` refuses to copy
+    def as_matrix(weight):  # (out, in, h, w) -> (out, h * w * in); `view` refuses to copy
         return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
     @torch.no_grad()
     def step(self):
-        group, by_shape = self.param_groups[0], {}
+        group = self.param_groups[0]
         matrices, momentum = group["params"], group["momentum"]
-        where = [weight.data_ptr() for weight in self.weights]
-        assert where == [m.data_ptr() for m in matrices], "the weights have moved in memory since the optimiser was made"
         gradients = [self.as_matrix(weight.grad) for weight in self.weights]
         means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        for matrix, ahead in zip(matrices, torch._foreach_lerp(gradients, means, momentum)):
-            by_shape.setdefault(matrix.shape, []).append((matrix, ahead))
+        ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for shape, pairs in by_shape.items():
-            some, ahead = zip(*pairs)
-            moves = orthogonal(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"])
-            length = group["lr"] * 0.2 * max(shape) ** 0.5  # as long as a step of Adam's (Liu et al. 2025, eq. 4)
-            torch._foreach_add_(some, moves.unbind(), alpha=-length)
+        for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+            alike = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+            updates = torch.stack([ahead[i] for i in alike])
+            moves = orthogonal(updates, group["ns_coefficients"], group["ns_steps"])
+            length = group["lr"] * 0.2 * max(shape) ** 0.5  # as Adam's (Liu et al. 2025, eq. 4)
+            torch._foreach_add_([matrices[i] for i in alike], moves.unbind(), alpha=-length)
 
 
 def orthogonal(matrices, coefficients, steps):
-    """Return about the nearest orthogonal matrix to each, by Newton-Schulz iterations in bfloat16 (Jordan et al. 2024).
+    """Return about the nearest orthogonal matrix to each, by Newton-Schulz iterations in bfloat16.
 
-    matrices: (N, rows, columns). A singular value ends between 0.7 and 1.2, unless it is close to 0.
+    matrices: (N, rows, columns). A singular value ends between 0.7 and 1.2, unless it is close to 0
+    (Jordan et al. 2024).
     """
     a, b, c = coefficients
     high = matrices.shape[1] > matrices.shape[2]
@@ -205,238 +297,302 @@ def orthogonal(matrices, coefficients, steps):
     return x.mT if high else x
 
 
+# -----------------------------------------------------------------------------
+# What is measured, checked and kept
+# -----------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def validate(model, images, sigmas):
     """Return {noise level: mean over images of the one-step PSNR in dB}.
 
     images: uint8 (N, 3, H, W). The noise is the same every time, one field for all levels.
     """
-    shape = (len(images), *images.shape[2:], 3)
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32)).permute(0, 3, 1, 2)
+    count, _, height, width = images.shape
+    noise = np.random.default_rng(0).standard_normal((count, height, width, 3))
+    noise = torch.from_numpy(noise.astype(np.float32)).permute(0, 3, 1, 2).to(images.device)
+    some = max(1, 2**17 // (height * width))  # images at a time
     means = {}
     for sigma in sigmas:
-        pairs = ((x.float() / 255, z.to(x.device)) for x, z in zip(images.split(100), noise.split(100)))
-        means[sigma] = torch.cat([utils.psnr(model(x0 + sigma * z, sigma).cpu(), x0.cpu()) for x0, z in pairs]).mean().item()
+        psnrs = []
+        for x0, z in zip((images / 255).split(some), noise.split(some)):
+            psnrs.append(utils.psnr(model(x0 + sigma * z, sigma).cpu(), x0.cpu()))
+        means[sigma] = torch.cat(psnrs).mean().item()
     return means
 
 
-# -----------------------------------------------------------------------------
-# What is kept between steps
-# -----------------------------------------------------------------------------
+def check_divergence(step, loss, losses, model):
+    """Raise ValueError if the loss, or a weight, shows that the training diverged.
 
-
-class Training:
-    """What a training keeps between steps, in files of that name: one that was saved and loaded ends as if it had not stopped.
-
-    images: how many there are in an epoch. made_with: options and other plain values that must not change on the way.
-    compiled: whether batches go through the network compiled, but for a shorter last one of an epoch.
+    losses: those before it, [[images seen, loss], ...].
     """
-
-    def __init__(self, name, model, optimizers, images, batch_size, made_with, compiled=False):
-        self.network, self.resume = Path(f"checkpoints/{name}.pt"), Path(f"checkpoints/{name}_resume.pt")
-        self.figure, self.table = Path(f"figures/{name}_training.png"), Path(f"figures/{name}_training.csv")
-        self.files = self.network, self.resume, self.figure, self.table
-        self.model, self.averaged, self.optimizers = model, copy.deepcopy(model), optimizers
-        self.fast = torch.compile(model, dynamic=False, mode="reduce-overhead") if compiled else model
-        self.images, self.batch_size, self.epoch_steps = images, batch_size, math.ceil(images / batch_size)
-        self.made_with, self.step, self.loss_sum = made_with, 0, torch.zeros((), device=next(model.parameters()).device)
-        self.hardware = []  # what it ran on, in words, piece after piece
-        self.losses, self.psnrs = [], []  # [step, mean loss since the one before], [step, {level: PSNR}]
-        self.began = self.saved = time.perf_counter()
-
-    def images_at(self, step):
-        return step // self.epoch_steps * self.images + step % self.epoch_steps * self.batch_size
-
-    @property
-    def images_seen(self):
-        return self.images_at(self.step)
-
-    def learn(self, batch, weight, lr, clip, ema):
-        """Make a step: loss, gradient, weights, and their average, which is short at first to forget the start.
-
-        batch: this process's share of x0, sigma and noise; weight: that of its mean in the mean over the batch.
-        """
-        parameters, averages = list(self.model.parameters()), list(self.averaged.parameters())
-        whole = self.images_at(self.step + 1) - self.images_seen == min(self.batch_size, self.images)
-        self.model.zero_grad()
-        loss = weight * denoising_loss(self.fast if whole else self.model, *batch)
-        loss.backward()
-        with torch.no_grad():
-            utils.sum_over_processes(loss, *(p.grad for p in parameters))
-            nn.utils.clip_grad_norm_(parameters, clip)
-            for optimizer in self.optimizers:
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
-            self.step, self.loss_sum = self.step + 1, self.loss_sum + loss
-            torch._foreach_lerp_(averages, parameters, 1 - min(ema, self.step / (self.step + 9)))
-
-    def mean_loss(self):
-        """Return the mean loss since the last one logged; raises ValueError where it, or a weight, shows a divergence."""
-        steps = self.step - (self.losses[-1][0] if self.losses else 0)
-        loss, few = self.loss_sum.item() / max(1, steps), steps * self.batch_size < 32  # of which one may weigh a hundred times
-        lowest = math.inf if few else min((value for _, value in self.losses), default=math.inf)
-        if not (math.isfinite(loss) and loss <= 10 * lowest and all(p.isfinite().all() for p in self.model.parameters())):
-            what = f"a loss of {loss:.3g} after one of {lowest:.3g}, or a weight that is not finite"
-            raise ValueError(f"the training diverged before step {self.step}: {what}; what was saved is kept, lower --lr")
-        return loss
-
-    def log_loss(self):
-        self.losses.append([self.step, self.mean_loss()])
-        self.loss_sum.zero_()
-        return self.losses[-1][1]
-
-    def save(self, info):
-        """Write what the training goes on from, then the network and its curves, which the next start can make again."""
-        self.mean_loss()
-        self.seconds = time.perf_counter() - self.began
-        kept = {name: getattr(self, name) for name in ("made_with", "step", "seconds", "hardware", "losses", "psnrs", "loss_sum")}
-        kept |= {"model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
-        utils.save_checkpoint(self.resume, kept | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
-        info |= {"images_seen": self.images_seen, "epochs": self.step / self.epoch_steps, "hours": self.seconds / 3600}
-        info |= {"hardware": ", then ".join(self.hardware), "val_psnr": self.psnrs[-1][1] if self.psnrs else {}}
-        utils.save_checkpoint(self.network, {"config": self.model.config, "weights": self.averaged.state_dict(), "info": info})
-        utils.save_curves(self.table, self.losses, self.psnrs, self.images_at)
-        utils.plot_training(self.figure, self.losses, self.psnrs, self.images_at)
-        self.saved = time.perf_counter()
-
-    def load(self):
-        """Go on from what `save` wrote, if it did; raises ValueError where that is another training, or damaged."""
-        if not self.resume.exists():
-            if self.network.exists():
-                raise ValueError(f"'{self.network}' exists and has no '{self.resume.name}' to go on from: choose another --name")
-            return
-        kept = load_checkpoint(self.resume)
-        try:
-            was, now = kept["made_with"], self.made_with
-            for name in was | now:
-                if was.get(name) != now.get(name):
-                    raise ValueError(f"it was made with {name} {was.get(name)}, not {now.get(name)}")
-            if not (kept["step"] >= 0 and kept["seconds"] >= 0):
-                raise ValueError(f"it made {kept['step']} steps in {kept['seconds']} seconds")
-            self.step, self.began = int(kept["step"]), self.saved - float(kept["seconds"])
-            self.hardware = [str(name) for name in kept["hardware"]]
-            self.losses = [[int(step), float(loss)] for step, loss in kept["losses"]]
-            self.psnrs = [[int(step), {float(s): float(v) for s, v in psnr.items()}] for step, psnr in kept["psnrs"]]
-            self.loss_sum.copy_(kept["loss_sum"])
-            restore(self.model, kept["model"])
-            restore(self.averaged, kept["averaged"])
-            for optimizer, saved in zip(self.optimizers, kept["optimizers"], strict=True):
-                adam = {"step", "exp_avg", "exp_avg_sq"} if self.step else set()
-                restore_optimizer(optimizer, saved["state"], {"momentum_buffer"} if isinstance(optimizer, HiddenMuon) else adam)
-            self.mean_loss()
-        except Exception as error:  # whatever wrong parts can raise
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"cannot go on from '{self.resume}' ({reason}): choose another --name, or delete it") from None
+    lowest = min((value for _, value in losses), default=math.inf)
+    finite = all(parameter.isfinite().all() for parameter in model.parameters())
+    if not (math.isfinite(loss) and loss <= 10 * lowest and finite):
+        what = f"a loss of {loss:.3g} after one of {lowest:.3g}, or a weight that is not finite"
+        ways = "what was saved is kept, lower --lr"
+        raise ValueError(f"the training diverged before step {step}: {what}; {ways}")
 
 
-# -----------------------------------------------------------------------------
+def log_loss(run, batch_size):
+    """Return the mean loss since the last one logged, and add it to the curve.
 
-
-def check_constants():
-    limits = {name: (1, 1e9) for name in ("EPOCHS", "BATCH_SIZE", "VAL_IMAGES", "LOG_STEPS")}
-    limits |= {"LR": (1e-12, 100), "WARMUP": (0, 1e9), "DECAY": (0, 1), "EMA": (0, 1), "TAILS": (1e-6, 0.499)}
-    limits |= {"CLIP": (1e-9, math.inf), "SAVE_MINUTES": (0, math.inf), "WEIGHT_DECAY": (0, 100)}
-    limits |= {"SEED": (0, 2**32 - 1)}  # torch reads 32 bits of it: from 2^32 on, a seed starts from the weights of another
-    limits |= {"SIGMA_MIN": (1e-6, 1e6), "SIGMA_MAX": (SIGMA_MIN, 1e6)}
-    for name, (low, high) in limits.items():
-        utils.check(low <= globals()[name] <= high, name, globals()[name], f"must lie between {low} and {high}")
-    utils.check(re.fullmatch(r"\w[\w.-]{0,99}", NAME), "NAME", repr(NAME), "must be up to 100 letters, digits, '.', '-' and '_'")
-    utils.check(OPTIMIZER in ("muon", "adam"), "OPTIMIZER", OPTIMIZER, "must be muon or adam")
-    words = f"must be positive, at least one from {SIGMA_MIN} to {SIGMA_MAX}"
-    utils.check(all(0 < sigma < math.inf for sigma in VAL_SIGMAS) and known_sigmas(), "VAL_SIGMAS", VAL_SIGMAS, words)
-
-
-def known_sigmas():
-    return [sigma for sigma in VAL_SIGMAS if SIGMA_MIN <= sigma <= SIGMA_MAX]
-
-
-def read_data(device):
-    """Return the images to train on, to validate with, and to test with at the end: uint8 (N, 3, 32, 32) each, or None."""
-    images = utils.read_patches(DATA, DATA_DIR).to(device)  # all of CIFAR-10 is 150 MB, so a batch is one indexing operation
-    if len(images) <= VAL_IMAGES:
-        raise ValueError(f"--val-images {VAL_IMAGES} leaves none of the {len(images)} images of '{DATA}' to train on")
-    test = utils.read_patches(TEST, DATA_DIR, train=False)[:1000].to(device) if TEST != "none" else None
-    return images[:-VAL_IMAGES], images[-VAL_IMAGES:], test
-
-
-def fixed_options(train):
-    """Return by name what a training must not change when it goes on."""
-    free = ("epochs", "lr", "save_minutes", "device", "precision", "compile", "data", "data_dir", "test", "name")
-    fixed = {f"--{name.replace('_', '-')}": value for name, value in utils.options(globals()).items() if name not in free}
-    return fixed | {"images of the checksum": zlib.crc32(train.cpu().numpy())}
-
-
-def initial_weights(model, path):
-    """Give the model the weights of a checkpoint, if one is named; return how many images, in how many hours, made them."""
-    if path == "none":
-        return {}
-    init = load_model(utils.find(path))
-    if init.config != model.config:
-        raise ValueError(f"--init '{path}' is another network: {init.config}, not {model.config}")
-    model.load_state_dict(init.state_dict())
-    try:
-        return {name: init.info[name] + init.info.get("earlier", {}).get(name, 0) for name in ("images_seen", "hours")}
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"--init '{path}' does not say how long it was trained") from None
+    Raises ValueError if it shows that the training diverged.
+    """
+    loss = float(run["loss_sum"]) / run["loss_steps"]
+    # Of few images, one alone at a high noise level may weigh a hundred times the usual.
+    before = run["losses"] if run["loss_steps"] * batch_size >= 32 else []
+    check_divergence(run["step"], loss, before, run["model"])
+    run["losses"].append([run["step"] * batch_size, loss])
+    run["loss_sum"], run["loss_steps"] = 0.0, 0
+    return loss
 
 
 def in_words(psnr):
     return "PSNR " + "  ".join(f"{value:.2f} dB at {sigma:g}" for sigma, value in psnr.items())
 
 
-def main():
-    check_constants()
-    device, (rank, world) = utils.pick_device(DEVICE), utils.join_processes()
-    here = utils.hardware(device, world)
-    utils.check(world <= BATCH_SIZE, "BATCH_SIZE", BATCH_SIZE, f"must be at least {world}, an image for each process")
-    torch.manual_seed(SEED)
-    torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest for each of the few sizes of a batch
-    bfloat16 = utils.pick_bfloat16(PRECISION, device)
-    model = ScoreModel(NETWORK, SIGMA_MIN, SIGMA_MAX, WIDTHS, BLOCKS, ATTENTION, FEATURES, bfloat16).to(device)
-    info = {"earlier": initial_weights(model, INIT), "torch": str(torch.__version__)}
-    train, val, test = utils.first_alone(rank, lambda: read_data(device))
-    optimizers = make_optimizers(model, OPTIMIZER, LR, WEIGHT_DECAY)
-    training = Training(NAME, model, optimizers, len(train), BATCH_SIZE, fixed_options(train), COMPILE)
-    steps, epoch_steps = EPOCHS * training.epoch_steps, training.epoch_steps
-    validated = epoch_steps * math.ceil(EPOCHS / 100)  # steps between validations
-    law = functools.partial(noise_law, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, tails=TAILS)
-    info |= {"data": DATA, "training_images": len(train), "options": utils.options(globals()), "test_psnr": {}}
-    say = tqdm.write if rank == 0 else lambda text: None  # the first process speaks, measures and writes
+def start_from(path, model):
+    """Give the model the weights of a checkpoint; return how many images and hours made them."""
+    init = load_model(path)
+    if init.config != model.config:
+        raise ValueError(f"--init '{path}' is another network: {init.config}, not {model.config}")
+    model.load_state_dict(init.state_dict())
+    earlier = init.info.get("earlier", {})
+    return {k: init.info.get(k, 0) + earlier.get(k, 0) for k in ("images_seen", "hours")}
 
-    with utils.only_process(*training.files * (rank == 0)), utils.stop_signals() as stop:
-        training.load()
-        if training.step < steps and training.hardware[-1:] != [here]:
-            training.hardware.append(here)
-        words = "must name a training that all processes find: put checkpoints/ where all machines see it"
-        utils.check(not utils.differs(training.step), "NAME", NAME, words)
+
+def files_of(name):
+    """Return what a training writes: network, what it goes on from, figure and numbers of it."""
+    checkpoints = [Path("checkpoints", f"{name}{suffix}") for suffix in (".pt", "_resume.pt")]
+    return checkpoints + [Path("figures", f"{name}_training{end}") for end in (".png", ".csv")]
+
+
+def save(run, network, resume, figure, table):
+    """Write all of `run`, from which the training goes on, then the network and its curves."""
+    check_divergence(run["step"], float(run["loss_sum"]), [], run["model"])
+    states = {k: v.state_dict() for k, v in run.items() if hasattr(v, "state_dict")}
+    info = {k: v for k, v in run.items() if k not in states}
+    utils.save_checkpoint(resume, info | states)
+    config = run["model"].config
+    utils.save_checkpoint(network, {"config": config, "weights": states["average"], "info": info})
+    rows = {images: {"images": images, "loss": loss} for images, loss in run["losses"]}
+    for images, psnr in run["psnrs"]:
+        row = rows.setdefault(images, {"images": images})
+        row |= {f"PSNR at {sigma:g}": value for sigma, value in psnr.items()}
+    utils.save_csv(table, [rows[images] for images in sorted(rows)])
+    utils.plot_training(figure, run["losses"], run["psnrs"])
+
+
+def load(run, network, resume):
+    """Go on from what `save` wrote, if it did.
+
+    Raises ValueError where that is another training, or damaged.
+    """
+    if not resume.exists():
+        if network.exists():
+            words = f"'{network}' exists, without '{resume.name}' to go on from"
+            raise ValueError(f"{words}: choose another --name")
+        return
+    free = "epochs", "lr", "data", "test", "name", "device", "precision", "compile", "save_minutes"
+    kept = load_checkpoint(resume)
+    try:
+        was = kept.pop("options") | {"images": kept["checksum"]}
+        now = run["options"] | {"images": run["checksum"]}
+        for name in now.keys() - set(free):
+            if was[name] != now[name]:
+                raise ValueError(f"--{name.replace('_', '-')} was {was[name]}, not {now[name]}")
+        for name, value in kept.items():
+            if hasattr(run[name], "load_state_dict"):
+                run[name].load_state_dict(value)
+            else:
+                run[name] = value
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        ways = "choose another --name, or delete it"
+        raise ValueError(f"cannot go on from '{resume}' ({error}): {ways}") from None
+
+
+# -----------------------------------------------------------------------------
+# More than one process
+# -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def processes():
+    """Within the block this process works together with the others that torchrun has started.
+
+    Raises OSError where another one has ended.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group()
+    try:
+        yield
+    except RuntimeError as error:
+        if "memory" in str(error):
+            raise
+        raise OSError(f"another process of this training has ended ({error})") from None
+    finally:
+        dist.destroy_process_group()  # else its threads now and then abort the process at its end
+
+
+def place():
+    """Return the number of this process, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def largest(number):
+    """Return the largest of the numbers of all processes, which wait here for each other."""
+    if dist.is_initialized():
+        numbers = torch.tensor(float(number))
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        number = numbers.item()
+    return number
+
+
+def mean_over_processes(loss):
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss = loss / dist.get_world_size()
+    return loss
+
+
+def say(text):
+    if place()[0] == 0:  # the first process speaks, measures and writes
+        tqdm.write(text)
+
+
+def note_signals():
+    """Return a list of the signals that come from now on: so Ctrl-C cuts no step in half."""
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
+
+
+# -----------------------------------------------------------------------------
+
+
+def check_options(world):
+    """Raise ValueError for what nothing below would notice."""
+    words = "must be up to 100 letters, digits, '.', '-' and '_'"
+    utils.check(re.fullmatch(r"\w[\w.-]{0,99}", NAME), "NAME", repr(NAME), words)
+    words = f"must be a positive multiple of the number of processes, {world}"
+    utils.check(BATCH_SIZE > 0 and BATCH_SIZE % world == 0, "BATCH_SIZE", BATCH_SIZE, words)
+    utils.check(len(SIGMAS) <= 2, "SIGMAS", SIGMAS, "must be the lowest and the highest, or one")
+    utils.check(0 <= SEED < 2**32, "SEED", SEED, "must lie between 0 and 2^32 - 1")
+    utils.check(0 <= EMA < 1, "EMA", EMA, "must be at least 0 and below 1")
+    utils.check(CLIP > 0, "CLIP", CLIP, "must be positive")
+    utils.check(CROP > 0, "CROP", CROP, "must be positive")
+
+
+def read_data(device):
+    """Return the crops to train on, and images uint8 (N, 3, CROP, CROP) to validate and to test."""
+    rank, _ = place()
+    if rank > 0:
+        largest(0)  # the first process reads before the others: it may have to download
+    images = utils.training_images(DATA, smallest=CROP, notify=say)
+    words = f"must leave some of the {len(images)} images of '{DATA}' to train on"
+    utils.check(0 < VAL_IMAGES < len(images), "VAL_IMAGES", VAL_IMAGES, words)
+    train = Crops(images[:-VAL_IMAGES], CROP, FLIP, TURN, device)
+    val, test = middle(images[-VAL_IMAGES:], CROP).to(device), None
+    if TEST != "none":
+        test = utils.training_images(TEST, train=False, smallest=CROP, notify=say)[:1000]
+        test = middle(test, CROP).to(device)
+    if rank == 0:
+        largest(0)
+    return train, val, test
+
+
+@processes()
+def main():
+    rank, world = place()
+    check_options(world)
+    device = utils.pick_device(DEVICE)
+    bfloat16 = utils.pick_bfloat16(PRECISION, device)
+    low, high = SIGMAS[0], SIGMAS[-1]
+    torch.manual_seed(SEED)
+    model = ScoreModel(NETWORK, low, high, WIDTHS, BLOCKS, ATTENTION, autocast=bfloat16).to(device)
+    earlier = start_from(INIT, model) if INIT != "none" else {}
+    average = copy.deepcopy(model)
+    optimizers = make_optimizers(model, OPTIMIZER, LR)
+    train, val, test = read_data(device)
+    val_sigmas = [s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if low <= s <= high] or [high]
+    steps = math.ceil(EPOCHS * len(train) / BATCH_SIZE)
+    log_steps = max(1, min(100, steps // 10))
+    val_steps = max(1, steps // min(100, max(10, EPOCHS)))
+
+    # All that is kept between steps, and in the file from which a training goes on.
+    run = {"model": model, "average": average, "step": 0, "images_seen": 0, "hours": 0.0}
+    run |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
+    run |= {"losses": [], "loss_sum": 0.0, "loss_steps": 0, "psnrs": [], "val_psnr": {}}
+    run |= {"test_psnr": {}, "options": utils.options(globals()), "earlier": earlier}
+    run |= {"training_images": len(train), "checksum": zlib.crc32(train.pixels.cpu().numpy())}
+    run |= {"hardware": "", "torch": str(torch.__version__)}
+    files = files_of(NAME)
+
+    with utils.locked(*files) if rank == 0 else contextlib.nullcontext():
+        load(run, *files[:2])
+        words = "must name a training that all processes find: share checkpoints/ between machines"
+        utils.check(largest(run["step"]) == -largest(-run["step"]), "NAME", NAME, words)
+        here = utils.hardware(device, world)
+        if run["step"] < steps and run["hardware"].split(", then ")[-1] != here:
+            run["hardware"] += f", then {here}" if run["hardware"] else here
+        network = torch.compile(model, dynamic=False, mode="reduce-overhead") if COMPILE else model
+        if world > 1:
+            network = DistributedDataParallel(network)  # averages the gradients over processes
         say(f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {here}")
-        say(f"{len(train):,} training images, {EPOCHS} epochs of {epoch_steps} steps, from step {training.step}")
-        with tqdm(total=EPOCHS * len(train), unit="img", unit_scale=True, disable=rank > 0 or None) as bar:  # on a terminal
-            bar.initial = bar.n = training.images_seen
-            while training.step < steps and not utils.any_process(stop):
-                batch, weight = utils.share(make_batch(train, training.step, BATCH_SIZE, FLIP, law, SEED), rank, world)
-                training.learn(batch, weight, learning_rate(training.step, steps, LR, WARMUP, DECAY), CLIP, EMA)
-                bar.update(training.images_seen - bar.n)
-                if training.step % LOG_STEPS == 0:
-                    bar.set_postfix(loss=f"{training.log_loss():.4f}")
-                    if bar.disable:
-                        say(f"step {training.step} of {steps}: loss {training.losses[-1][1]:.4f}")
-                if (training.step % validated == 0 or training.step == steps) and rank == 0:
-                    training.psnrs.append([training.step, psnr := validate(training.averaged, val, known_sigmas())])
-                    say(f"epoch {training.step // epoch_steps}: validation {in_words(psnr)}")
-                if time.perf_counter() - training.saved > 60 * SAVE_MINUTES and rank == 0:
-                    training.save(info)
-            if training.step >= steps and test is not None and rank == 0:
-                info["test_psnr"] = validate(training.averaged, test, known_sigmas())
-                say(f"test {in_words(info['test_psnr'])}")
-            if rank == 0:
-                training.save(info)
-            if training.step < steps:  # said while signals are but noted: torchrun ends every process when one has ended
-                say(f"stopped after step {training.step} of {steps}, saved in '{training.resume}': run the same command to go on")
-    utils.leave_processes()
-    if training.step < steps:
-        sys.exit(130)
-    say(f"{training.images_seen:,} images seen; wrote '{training.network}' and '{training.figure}'; more --epochs go on")
+        say(f"{len(train):,} training images, {steps:,} steps, from step {run['step']:,}")
+        total = steps * BATCH_SIZE
+        quiet = rank > 0 or None  # None: where stderr is no terminal
+        bar = tqdm(total=total, initial=run["images_seen"], unit="img", disable=quiet)
+        signals = note_signals()
+        began = time.perf_counter() - 3600 * run["hours"]
+        saved = run["hours"]
+
+        while run["step"] < steps and not largest(len(signals)):
+            x0, sigma, noise = make_batch(train, run["step"], BATCH_SIZE, low, high, TAILS, SEED)
+            share = slice(rank, None, world)
+            loss = denoising_loss(network, x0[share], sigma[share], noise[share])
+            model.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate(run["step"], steps, LR, DECAY)
+                optimizer.step()
+            update_average(average, model, run["step"], EMA)
+
+            run["step"] += 1
+            run["images_seen"] += BATCH_SIZE
+            run["loss_sum"] += mean_over_processes(loss.detach())
+            run["loss_steps"] += 1
+            run["hours"] = (time.perf_counter() - began) / 3600
+            bar.update(BATCH_SIZE)
+            if run["step"] % log_steps == 0:
+                loss = log_loss(run, BATCH_SIZE)
+                bar.set_postfix(loss=f"{loss:.4f}")
+                if bar.disable:
+                    say(f"step {run['step']} of {steps}: loss {loss:.4f}")
+            if rank == 0 and (run["step"] % val_steps == 0 or run["step"] == steps):
+                run["val_psnr"] = validate(average, val, val_sigmas)
+                run["psnrs"].append([run["images_seen"], run["val_psnr"]])
+                say(f"step {run['step']} of {steps}: validation {in_words(run['val_psnr'])}")
+            if rank == 0 and run["hours"] - saved > SAVE_MINUTES / 60:
+                save(run, *files)
+                saved = run["hours"]
+
+        bar.close()
+        if rank == 0:
+            if run["step"] >= steps and test is not None:
+                run["test_psnr"] = validate(average, test, val_sigmas)
+                say(f"test {in_words(run['test_psnr'])}")
+            save(run, *files)
+        if run["step"] < steps:
+            say(f"stopped after step {run['step']} of {steps}, saved: the same command goes on")
+            sys.exit(130)
+    wrote = f"wrote '{files[0]}' and '{files[2]}'"
+    say(f"{run['images_seen']:,} images seen; {wrote}; more --epochs go on")
 
 
 if __name__ == "__main__":
