@@ -46,7 +46,7 @@ from model import ScoreModel, load_checkpoint, load_model
 # -----------------------------------------------------------------------------
 # data
 DATA = "cifar10"  # "cifar10" (downloaded on first use), "samples" (photographs), or a path
-TEST = "none"  # measured at the end, on its first 1,000 images: "cifar10" (test images), a path
+TEST = "none"  # "cifar10" (its test images) or a path: the first 1,000 are measured at the end
 VAL_IMAGES = 500  # the last images of the data are never trained on, and validate
 CROP = 32  # side in pixels of a random crop of each image; smaller images are left out
 FLIP = True  # mirror each crop with probability 1/2
@@ -65,7 +65,7 @@ OPTIMIZER = "muon"  # "muon" (for the hidden convolutions, Adam for the rest) or
 EPOCHS = 226  # passes over the data; on a CPU: 26, in batches of 32 at a rate of 3e-3
 BATCH_SIZE = 512  # images per step
 LR = 4e-3  # learning rate: Muon moves a weight by 0.2 LR a step, Adam by about as much
-DECAY = 0.8  # last fraction of the steps, in which the rate falls to zero; 0: constant throughout
+DECAY = 0.8  # last fraction of the steps, over which the rate falls to 0; 0: constant throughout
 CLIP = 5.0  # largest norm of a gradient; twice the usual: a rare outlier would steer Muon for long
 EMA = 0.999  # decay per step of the averaged weights, which are the ones kept; 0 keeps the last
 # run
@@ -334,8 +334,8 @@ def check_divergence(step, loss, losses, model):
         raise ValueError(f"the training diverged before step {step}: {what}; {ways}")
 
 
-def log_loss(run, batch_size):
-    """Return the mean loss since the last one logged, and add it to the curve.
+def log_loss(run, batch_size, bar):
+    """Add the mean loss since the last one logged to the curve, and show it.
 
     Raises ValueError if it shows that the training diverged.
     """
@@ -345,7 +345,9 @@ def log_loss(run, batch_size):
     check_divergence(run["step"], loss, before, run["model"])
     run["losses"].append([run["step"] * batch_size, loss])
     run["loss_sum"], run["loss_steps"] = 0.0, 0
-    return loss
+    bar.set_postfix(loss=f"{loss:.4f}")
+    if bar.disable:
+        say(f"step {run['step']}: loss {loss:.4f}")
 
 
 def in_words(psnr):
@@ -397,19 +399,20 @@ def load(run, network, resume):
     free = "epochs", "lr", "data", "test", "name", "device", "precision", "compile", "save_minutes"
     kept = load_checkpoint(resume)
     try:
-        was = kept.pop("options") | {"images": kept["checksum"]}
-        now = run["options"] | {"images": run["checksum"]}
-        for name in now.keys() - set(free):
-            if was[name] != now[name]:
-                raise ValueError(f"--{name.replace('_', '-')} was {was[name]}, not {now[name]}")
-        for name, value in kept.items():
+        for name, value in run["options"].items():
+            was = kept["options"].get(name)
+            if was != value and name not in free:
+                raise ValueError(f"--{name.replace('_', '-')} was {was}, not {value}")
+        if kept["checksum"] != run["checksum"]:
+            raise ValueError("it was trained on other images")
+        for name in run.keys() - {"options"}:
             if hasattr(run[name], "load_state_dict"):
-                run[name].load_state_dict(value)
+                run[name].load_state_dict(kept[name])
             else:
-                run[name] = value
+                run[name] = kept[name]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        ways = "choose another --name, or delete it"
-        raise ValueError(f"cannot go on from '{resume}' ({error}): {ways}") from None
+        reason = f"{type(error).__name__}: {error}; choose another --name, or delete it"
+        raise ValueError(f"cannot go on from '{resume}': {reason}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -570,14 +573,11 @@ def main():
             run["hours"] = (time.perf_counter() - began) / 3600
             bar.update(BATCH_SIZE)
             if run["step"] % log_steps == 0:
-                loss = log_loss(run, BATCH_SIZE)
-                bar.set_postfix(loss=f"{loss:.4f}")
-                if bar.disable:
-                    say(f"step {run['step']} of {steps}: loss {loss:.4f}")
+                log_loss(run, BATCH_SIZE, bar)
             if rank == 0 and (run["step"] % val_steps == 0 or run["step"] == steps):
                 run["val_psnr"] = validate(average, val, val_sigmas)
                 run["psnrs"].append([run["images_seen"], run["val_psnr"]])
-                say(f"step {run['step']} of {steps}: validation {in_words(run['val_psnr'])}")
+                say(f"step {run['step']}: validation {in_words(run['val_psnr'])}")
             if rank == 0 and run["hours"] - saved > SAVE_MINUTES / 60:
                 save(run, *files)
                 saved = run["hours"]
