@@ -1,31 +1,33 @@
-"""Denoise pictures with a trained score network: in one step, or back along the reverse-time SDE.
+"""Denoise images with a trained score network: in one step, or along the reverse-time SDE.
 
-    python denoise.py                                   # five photographs, made noisy, with the shipped network
-    python denoise.py photo.jpg scans/                  # your own noisy pictures: their noise level is estimated
-    python denoise.py photo.jpg --sigma 25/255          # or known: standard deviation, for pixels in [0, 1]
+    python denoise.py                               # five photographs with added noise
+    python denoise.py photo.jpg scans/              # your own noisy images, noise level estimated
+    python denoise.py photo.jpg --sigma 25/255      # or known: standard deviation, pixels in [0, 1]
     python denoise.py cifar10 --count 1000 --method mmse
-    python denoise.py photo.jpg --mask holes.png        # fill in what is white in the mask; --blur and --enlarge likewise
-    python denoise.py --help                            # every constant below is an option
+    python denoise.py photo.png --mask holes.png    # fill in what is white; also --blur, --enlarge
+    python denoise.py --help                        # every constant below is an option
 
-Prints a table and writes the denoised pictures: NAME_mmse has the least error, NAME_sde natural texture, of which the finest
-is invented. For the built-in pictures it adds a figure, an animation, and the frames on the way; for yours with --figures yes.
+Noise is added to the built-in images alone; yours are taken to be noisy. In output/, NAME_mmse has
+the smallest mean squared error, NAME_sde is a sample: sharp, its finest texture invented.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules load
 
 import functools
 import itertools
 import math
-import re
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import tqdm
 
@@ -34,628 +36,464 @@ import utils
 from model import load_model
 
 # -----------------------------------------------------------------------------
-# pictures
-INPUT = ("samples",)  # "samples" (five photographs), "cifar10" (its test images), and paths of pictures, .npy arrays, folders
-COUNT = 1000  # at most so many
-LISTED = 16  # up to so many built-in ones have a line each in the table, and so many an expected PSNR; yours all do
+# images
+INPUT = ("samples",)  # "samples" (five photographs), "cifar10" (its test images), files, folders
+COUNT = 1000  # at most so many images
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-OUTPUT = "output"  # folder for all that is written; for one picture also a file
-WHITE = None  # value of white in files of more than 8 bits; none: found, and said
-# noise
-SIGMA = None  # standard deviation for pixels in [0, 1]; none: 0.1 where noise is added, else estimated from the picture
-ADD_NOISE = False  # do so, and what is below, to your own pictures too, as is always done to "samples" and "cifar10"
-# what was seen, if it is not the whole picture: one of these at most; SIGMA is then the noise in it, 0.02 unless given
-MASK = "none"  # file of a mask, white where the picture is missing; or a share of missing pixels, 0.5
+OUTPUT = "output"  # folder for all results
+BLACK = None  # the files' value of black; none: 0
+WHITE = None  # the files' value of white; none: the largest of an integer type, 1 for floats
+# noise and observation, for pixels in [0, 1]
+SIGMA = None  # noise level; none: estimated, but 0.1 for built-in images and 0.02 for observations
+MASK = "none"  # file of a mask, white where the image is missing; or the share missing, as 0.5
 BLUR = 0.0  # standard deviation, in pixels, of a Gaussian blur to undo
-ENLARGE = 1  # how many times larger to make the picture, both ways
+ENLARGE = 1  # how many times larger to make the image, both ways
 # method
-CHECKPOINT = "checkpoints/score_cifar10.pt"  # written by train_score.py
-METHOD = "sde"  # "mmse" (least error, one call), "sde" (a draw, natural texture), "ode" (no draw, sharp); see `methods` for more
-STEPS = None  # noise levels from sigma down to the lowest trained one; none: what the method needs for the right law, or 30
-RHO = None  # they are even in sigma^(1 / RHO), inf: in log sigma; none: 7, and inf for a picture not wholly seen
-TEXTURE = 1.0  # 1 follows the SDE to its end; less stops early, at sigma^(1 - TEXTURE) lowest^TEXTURE; 0 is "mmse"
+CHECKPOINT = (
+    "auto"  # written by train_score.py; "auto": for photographs above 64 pixels, else CIFAR-10
+)
+METHOD = "sde"  # "mmse" (one call), "sde" (sample), "ode", or another name in methods() below
+STEPS = None  # noise levels on the way down; none: as many as the method needs
+DRAWS = None  # samples of each image; none: 2 of built-in images, 1 of yours, 4 of observations
 SDE = "ve"  # the process of "euler" and "heun": "ve", "vp" or "subvp"
 LANGEVIN_STEPS = 100  # updates of "langevin", the recipe this project starts from
 LANGEVIN_STEP_SIZE = 1e-4  # of each, made for sigma 0.1; the temperature is sigma^2
-# how sure
-DRAWS = None  # of each picture, by methods that draw; none: 2 of the built-in ones, 1 of yours, 4 of those not wholly seen
-PROBES = None  # random vectors behind the expected PSNR and the map of uncertainty; none: 8, of large pictures fewer; 0: neither
-COMPONENTS = 0  # main directions of doubt to show, of the middle 128 x 128 pixels
 # run
-SEED = 0  # of the noise that is added
-DRAW_SEED = 0  # of the draws, with the noisy picture itself: the same picture gets the same draws in any company
+FRAMES = 2  # so many images are shown in a figure and an animation, with every state on the way
+SEED = 0  # of the noise that is added and, with the image itself, of the samples
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
-PRECISION = "auto"  # of the network: "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
-BATCH_PIXELS = 2**18  # pixels that go through the network at a time: many small pictures, or a tile of a large one
-FIGURES = "auto"  # figure, animation, frames: "yes", "no", or "auto": of the built-in pictures
-SHOWN = 2  # pictures in them
-SAVE_FRAMES = True  # write states and estimates of these pictures as PNG, in a folder NAME_METHOD_frames
+PRECISION = "auto"  # "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 # -----------------------------------------------------------------------------
-defaults = utils.options(globals())
 
 
 class Method(NamedTuple):
     sampler: Callable
     steps: int  # noise levels that it needs for the right law
-    calls: int  # of the network, a level
-    draws: bool  # whether its result is a draw from p(x0 | y)
-
-
-def methods():
-    process = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}[SDE]()
-    return {
-        "mmse": Method(sde.adams, 1, 1, False),  # E[x0 | y]: one level is one step
-        "sde": Method(sde.adams, 20, 1, True),  # the reverse-time SDE, second order
-        "ode": Method(functools.partial(sde.adams, eta=0.0), 20, 1, False),  # the probability-flow ODE, second order
-        "euler": Method(functools.partial(sde.reverse_sde, sde=process), 100, 1, True),  # the reverse-time SDE of the textbook
-        "heun": Method(functools.partial(sde.probability_flow_ode, sde=process), 20, 2, False),  # and its probability-flow ODE
-        "ancestral": Method(sde.ancestral, 100, 1, True),
-        "pc": Method(sde.predictor_corrector, 50, 2, True),
-        "annealed": Method(sde.annealed_langevin, 100, 1, True),
-        "langevin": Method(langevin, 1, LANGEVIN_STEPS, False),  # the original recipe; forgets the picture if it runs on
-    }
+    calls: int  # network calls at each level
+    draws: bool  # whether its result is a sample from p(x0 | y)
 
 
 def langevin(denoiser, y, levels, noise):
-    return sde.langevin(denoiser, y, float(levels[0]), LANGEVIN_STEPS, LANGEVIN_STEP_SIZE, noise=noise)
+    """Run the recipe's updates; they stay at the first level."""
+    sigma = float(levels[0])
+    return sde.langevin(denoiser, y, sigma, LANGEVIN_STEPS, LANGEVIN_STEP_SIZE, noise=noise)
 
 
-@dataclass
-class Job:
-    """What a picture goes through; images are (C, H, W), on the CPU, and not clipped. C is 1 for a grey picture, else 3."""
+def euler(denoiser, y, levels, noise):
+    return sde.reverse_sde(denoiser, y, levels, PROCESSES[SDE](), noise)
 
-    picture: utils.Picture
-    y: torch.Tensor  # the noisy picture
-    x0: torch.Tensor | None  # the clean one, where it is known
-    sigma: float  # the noise level of y
-    levels: torch.Tensor  # falling noise levels, from where the sampler starts
-    A: Callable | None = None  # (B, C, H, W) -> (B, C, h, w), of which y is the noisy result, if y is not the picture itself
-    unsure: bool = False  # whether to tell its uncertainty
-    results: dict = field(default_factory=dict)  # method: [images (draws, C, H, W) or, let go, (1, 0), network calls, seconds]
-    error: float | None = None  # expected squared error of the one-step estimate: the mean variance of a value of x0 given y
-    frames: list = field(default_factory=list)  # (sigma, state, estimate of x0) of every network call
-    written: list = field(default_factory=list)  # paths of all that was
 
-    def seed(self, draw):
-        """Return the seed of a draw: of the noisy pixels, DRAW_SEED and the number of the draw, not of a place in a list."""
-        pixels = functools.reduce(lambda crc, channel: zlib.crc32(channel.contiguous().numpy(), crc), self.y, 0)
-        return zlib.crc32(f"{DRAW_SEED} {draw}".encode(), pixels)
+def heun(denoiser, y, levels, noise):
+    return sde.probability_flow_ode(denoiser, y, levels, PROCESSES[SDE]())
 
-    @functools.cached_property
-    def owner(self):
-        return owner_of(self.picture.source)
 
-    @functools.cached_property
-    def name(self):
-        """A name under which none of what may be written of a job is there, or all is our own."""
-        pictures = ["mmse", METHOD, "mean", *(f"{METHOD}_{k + 1}" for k in range(draws_of(self)))]
-        endings = [f"_{kind}{suffix}" for kind in ("uncertainty", "spread") for suffix in (".npy", ".png")]
-        endings += [f"_{kind}{self.picture.suffix}" for kind in pictures]
-        endings += ["_components.png", f"_{METHOD}.csv", f"_{METHOD}_frames"]
-        return utils.free_name(OUTPUT, self.picture.name, endings, self.owner)
+PROCESSES = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}
 
-    def path(self, ending):
-        return Path(OUTPUT, self.name + ending)
 
-    def wrote(self, path):
-        """Note a file or folder that was written for this picture: it is ours."""
-        utils.remember(path, self.owner)
-        self.written.append(path)
-
-    def seen(self):
-        """Return y in the size of the result."""
-        return interpolate(self.y[None], self.picture.shape[:2], mode="bicubic")[0]
-
-    def rows(self):
-        """Return rows of the table, one a method, as a mean over its draws, and one of the mean of the draws."""
-        results = {} if self.x0 is None else {"as seen" if self.A else "noisy": [self.seen()[None], 0, 0.0]}
-        results |= {method: self.results[method] for method in ("mmse", METHOD) if method in self.results}
-        images, calls, seconds = results[METHOD]
-        if len(images) > 1:
-            results[f"mean of {len(images)}"] = [images.mean(0, keepdim=True), len(images) * calls, len(images) * seconds]
-        rows = []
-        for method, (images, calls, seconds) in results.items():
-            row = {"picture": self.picture.name, "sigma": self.sigma, "method": method}
-            if self.x0 is not None:
-                x0 = self.x0.expand_as(images)
-                row |= {"PSNR dB": utils.psnr(images, x0).mean().item(), "SSIM": utils.ssim(images, x0).mean()}
-            if self.error is not None:
-                row["expected PSNR"] = -10 * math.log10(max(self.error, 1e-10)) if method == "mmse" else ""
-            rows.append(row | {"calls": calls, "seconds": seconds})
-        return rows
+def methods():
+    return {
+        "mmse": Method(sde.adams, 1, 1, False),  # one level is one step: E[x0 | y]
+        "sde": Method(sde.adams, 20, 1, True),  # the reverse-time SDE, second order
+        "ode": Method(functools.partial(sde.adams, eta=0.0), 20, 1, False),  # probability flow
+        "euler": Method(euler, 100, 1, True),  # the reverse-time SDE, as in textbooks
+        "heun": Method(heun, 20, 2, False),  # its probability-flow ODE
+        "ancestral": Method(sde.ancestral, 100, 1, True),
+        "pc": Method(sde.predictor_corrector, 50, 2, True),
+        "annealed": Method(sde.annealed_langevin, 100, 1, True),
+        "langevin": Method(langevin, 1, LANGEVIN_STEPS, False),  # the recipe
+    }
 
 
 # -----------------------------------------------------------------------------
-# The noise level
+# The noisy image, its noise level, the network
 # -----------------------------------------------------------------------------
 
 
-def unclipped(v, denoised, sigma, margin=1.5):
-    """Leave out, as a `part` of sde.estimate_sigma, what clipping to [0, 1] has touched: D within margin * sigma of an end."""
-    reach = margin * sigma.view(-1, 1, 1, 1)
-    return v * ((denoised > reach) & (denoised < 1 - reach))
+def batches(images, pixels=2**20):
+    """Yield lists of consecutive Images of one size that have one noise level."""
+    batch = []
+    for image in images:
+        alike = batch and image.pixels.shape[1:] == batch[0].pixels.shape[1:]
+        alike = alike and image.builtin == batch[0].builtin
+        full = sum(other.pixels[..., 0].size for other in batch) >= pixels
+        if batch and (full or not alike):
+            yield batch
+            batch = []
+        batch.append(image)
+        if not (image.builtin or SIGMA or MASK != "none" or BLUR or ENLARGE > 1):
+            yield batch  # its level is found from itself alone, before the next image is read
+            batch = []
+    if batch:
+        yield batch
 
 
-def luma(v, denoised, sigma, block=1):
-    """Keep of an image the mean of its channels over block x block pixels, where that is `unclipped`.
-
-    Lossy files keep the noise of luma and smooth that of chroma; strong compression removes the finest luma, too.
-    """
-    mean = lambda a: interpolate(avg_pool2d(a.mean(1, keepdim=True), block), scale_factor=block)  # noqa: E731
-    return unclipped(mean(v), mean(denoised), sigma).expand_as(v)
+@functools.cache
+def network(checkpoint, device):
+    return load_model(checkpoint, device, utils.pick_bfloat16(PRECISION, device))
 
 
-def spread_tiles(y, size=64, rows=3):
-    """Return rows x rows tiles of one picture (1, C, H, W), spread evenly, of even sides, or a small picture itself."""
-    height, width = (min(size, n) // 2 * 2 or 1 for n in y.shape[2:])
-    tops, lefts = (sorted({(n - m) * k // (rows - 1) for k in range(rows)}) for n, m in zip(y.shape[2:], (height, width)))
-    return torch.cat([y[:, :, t : t + height, k : k + width] for t in tops for k in lefts])
-
-
-def picture_level(denoiser, y, low, high):
-    """Return the noise level of one picture (1, C, H, W), on a few tiles, and what there is to say of its noise.
-
-    Lossy files smooth the noise of chroma, and the finest of luma. Then all values together would show close to none, and luma
-    says what is there, or, where that is smoothed as well, luma over pairs of pixels. Meanwhile chroma gets complementary noise,
-    for the network to see white noise. Texture reads as up to 0.02 of luma.
-    """
-    clipped = y.min() >= 0 and y.max() <= 1 and ((y == 0) | (y == 1)).double().mean() > 1e-3
-    tiles, part = spread_tiles(y), unclipped if clipped else None
-    probes, brightness = 4 if len(tiles) == 1 else 1, 0.0
-    level = lambda denoiser, part: sde.estimate_sigma(denoiser, tiles, low, high, probes, part, True)[0].item()  # noqa: E731
-    sigma = level(denoiser, part)
-    if y.shape[1] == 3 and min(tiles.shape[2:]) >= 32:
-        e = utils.seeded_noise([2**31], tiles.device)(tiles[:1])  # a seed that the noise of no picture has
-        whitened = lambda x, s: denoiser(x + s.view(-1, 1, 1, 1) * (e - e.mean(1, keepdim=True)), s)  # noqa: E731
-        brightness = level(whitened, luma)
-        if sigma < 2 * low and brightness < 0.05:  # stronger noise is not smoothed away
-            brightness = max(brightness, level(whitened, functools.partial(luma, block=2)))
-    if (lone := impulses(tiles.cpu().numpy(), max(sigma, brightness))) > 2e-3:
-        return sigma, f"lone values of black or white ({lone:.1%}), as of salt and pepper: not Gaussian, some may stay"
-    if brightness > max(1.5 * sigma, 0.02):
-        note = "stronger in brightness than in colour, as in a lossy file: judged by brightness"
-        return brightness, ", ".join([note, *places(denoiser, tiles, brightness, luma)])
-    return sigma, remarks(denoiser, tiles, sigma, low, high, part)
-
-
-def remarks(denoiser, tiles, sigma, low, high, part):
-    """Return in words where the noise of a picture's tiles is not what the network was trained on."""
-    inside, found = (tiles > 0) & (tiles < 1), []
-    clipped = 1 - inside.double().mean().item() if part else 0.0
-    if low == high:
-        return "the only level that the network knows"
-    if sigma < 1.1 * low:
-        return "as low as the network knows: nothing to remove"
-    if sigma > 0.99 * high:
-        return "as high as is looked for: give --sigma"
-    if clipped > 0.3:
-        return f"clipped in {clipped:.0%} of the values: the level is a guess, give --sigma"
-    rest = (tiles - denoiser(tiles, sigma))[inside]
-    kurtosis = ((rest**4).mean() / (rest**2).mean() ** 2).item()
-    if len(rest) > 1000 and not 2.5 < kurtosis < 4.6:
-        found.append(f"not Gaussian (kurtosis {kurtosis:.1f} instead of 3)")
-    if clipped > 0.05:
-        found.append(f"clipped in {clipped:.0%} of the values")
-    found += places(denoiser, tiles, sigma, part)
-    if tiles[:, 0].numel() < 16**2:
-        found.append("judged by few pixels")
-    return ", ".join(found) + ": expect less of the result" * bool(found)
-
-
-def impulses(values, sigma):
-    """Return the share of values (B, C, H, W) that stand alone at 0 or 1, farther from those around than noise takes them."""
-    ring = np.array([[[[1, 1, 1], [1, 0, 1], [1, 1, 1]]]])
-    white = (values == 1) & (ndimage.maximum_filter(values, footprint=ring) < 1)
-    black = (values == 0) & (ndimage.minimum_filter(values, footprint=ring) > 0)
-    return ((white | black) & (abs(values - ndimage.median_filter(values, footprint=ring)) > max(0.3, 4 * sigma))).mean()
-
-
-def places(denoiser, tiles, sigma, part):
-    """Return in a list of words where the noise is weakest and strongest, if it varies; tiles: as spread_tiles cuts them."""
-    if len(tiles) < 9:
-        return []
-    local = sde.noise_map(denoiser, tiles, sigma, part=part).flatten(1).nanmedian(1).values.nan_to_num(nan=sigma)
-    names = [f"{row} {column}" for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")]
-    least, most = (f"{local[k]:.3f} in the {names[k]}" for k in (local.argmin(), local.argmax()))
-    return [f"not the same everywhere, from {least} to {most}"] if local.max() > 1.3 * local.min() else []
-
-
-def of_any_kind(denoiser, size=None, place=(0, 0)):
-    """Return a denoiser of pictures with three channels or, through the complementary noise of `sde.grey`, with one.
-
-    size, place: of a picture of which a part is denoised, see utils.seeded_noise.
-    """
-
-    def denoise_kind(x, sigma):
-        if x.shape[1] == 3:
-            return denoiser(x, sigma)
-        e = utils.seeded_noise([2**31], size=size, place=place)(torch.empty(1, 3, *x.shape[2:]))
-        return sde.grey(denoiser, e.to(x))(x, sigma)
-
-    return denoise_kind
+def checkpoint_for(image):
+    if CHECKPOINT != "auto":
+        return CHECKPOINT
+    large = max(image.pixels.shape[1:3]) > 64
+    return f"checkpoints/score_{'photographs' if large else 'cifar10'}.pt"
 
 
 def observation(size, mask="none", blur=0.0, enlarge=1, seed=0):
-    """Return A, what the constants of these names say was done to pictures (B, C, *size); None if nothing was.
+    """Return A, what was done to images (B, C, *size), or None if nothing was.
 
-    Raises ValueError for a mask of another size, or a blur as wide as the picture.
+    Raises ValueError for more than one of them, or one that does not suit the size.
     """
+    if (mask != "none") + (blur > 0) + (enlarge > 1) > 1:
+        raise ValueError("give one of --mask, --blur and --enlarge at a time")
     if mask != "none":
-        share = re.fullmatch(r"0?\.\d+", mask)
-        missing = np.random.default_rng(seed).random(size) < float(mask) if share else read_mask(mask)
-        utils.check(missing.shape == size, "MASK", missing.shape, f"must have the {size} rows and columns of the picture")
-        return lambda x: torch.from_numpy(~missing).to(x) * x
+        missing = missing_pixels(mask, size, seed)
+        return lambda x: torch.from_numpy(~missing).to(x.device) * x
     if blur:
         from torchvision.transforms.functional import gaussian_blur  # here, since it takes 160 MB
 
         reach = math.ceil(4 * blur)
-        utils.check(reach < min(size), "BLUR", blur, f"must be narrow in a picture of {tuple(size)} rows and columns")
-        return lambda x: gaussian_blur(x, 2 * reach + 1, blur)
-    return (lambda x: avg_pool2d(x, enlarge)) if enlarge > 1 else None
+        words = f"must be narrow in an image of {size[1]} x {size[0]} pixels"
+        utils.check(0 < reach < min(size), "BLUR", blur, words)
+        return functools.partial(gaussian_blur, kernel_size=2 * reach + 1, sigma=blur)
+    utils.check(enlarge >= 1, "ENLARGE", enlarge, "must be a whole number from 1 on")
+    return functools.partial(avg_pool2d, kernel_size=enlarge) if enlarge > 1 else None
 
 
-@functools.cache
-def read_mask(path):
-    """Return where a mask is white, and not transparent: (H, W). White is what is above half of its brightest value."""
-    mask = next(utils.read_pictures(path))
-    missing = (mask.pixels.mean(axis=2) > mask.pixels.max() / 2) & (mask.alpha is None or mask.alpha > 0)
-    utils.check(0 < missing.mean() < 1, "MASK", f"'{path}'", "must be white where the picture is missing, and black elsewhere")
+def missing_pixels(mask, size, seed):
+    """Return which pixels a mask hides, bool (H, W): a random share, or what is white in a file."""
+    try:
+        missing = np.random.default_rng(seed).random(size) < float(mask)
+    except ValueError:
+        utils.check(Path(mask).is_file(), "MASK", repr(mask), "must be a file or a share, as 0.5")
+        missing = next(utils.read_images(mask)).pixels[0].mean(axis=2) > 0.5
+    words = f"must have the {size[1]} x {size[0]} pixels of the image"
+    utils.check(missing.shape == tuple(size), "MASK", missing.shape[::-1], words)
+    utils.check(0 < missing.mean() < 1, "MASK", mask, "must hide some pixels, and not all")
     return missing
 
 
-def read_jobs(model, device, notify, failed, refused):
-    """Yield a job for each picture; to the list `refused` go those that cannot be denoised, and why."""
-    rng = np.random.default_rng(SEED)
-    for k, picture in enumerate(utils.read_pictures(INPUT, DATA_DIR, WHITE, notify, failed)):
-        if k == COUNT:
-            if not picture.builtin:
-                notify(f"the first {COUNT} pictures are taken: --count gives another number")
-            break
-        try:
-            yield make_job(picture, model, device, rng, notify, k < LISTED or not picture.builtin)
-        except ValueError as error:
-            refused.append((picture.name, str(error)))  # not the picture, which may be large
+def add_noise(x, sigma, rng):
+    """Return images (B, C, H, W) with noise of a numpy generator, drawn in the order B, H, W, C."""
+    noise = rng.standard_normal((len(x), *x.shape[2:], x.shape[1]))
+    return (x + sigma * torch.from_numpy(noise).permute(0, 3, 1, 2)).to(x.dtype)
 
 
-def make_job(picture, model, device, rng, notify, listed):
-    """Return the job of a picture, with its noise level: the one added, the one given, or an estimate. Raises ValueError."""
-    made, y, x0 = ADD_NOISE or picture.builtin, torch.from_numpy(picture.pixels).permute(2, 0, 1), None
-    height, width = (n // ENLARGE * ENLARGE if made else n * ENLARGE for n in y.shape[1:])
-    utils.check(height and width, "ENLARGE", ENLARGE, f"must not exceed the sides of '{picture.name}'")
-    A = observation((height, width), MASK, BLUR, ENLARGE, SEED)
-    sigma = SIGMA or (0.02 if A else 0.1 if made else None)
-    if made:
-        x0 = y[:, :height, :width]
-        (y,) = utils.add_noise([(A(x0[None])[0] if A else x0).permute(1, 2, 0).numpy()], sigma, rng)
-        y = torch.from_numpy(y).permute(2, 0, 1)
-    y = A(y) if MASK != "none" else y  # nothing where nothing is seen, in place of noise
-    low, high = (level / math.sqrt(3 if len(y) == 1 else 1) for level in (model.sigma_min, model.sigma_max))  # see sde.grey
-    if A:
-        picture.resize(height, width)
-    elif sigma is None:
-        visible = utils.visible_part(y, picture.alpha)[None].to(device)
-        sigma, note = picture_level(of_any_kind(model), visible, low, min(high, 1.0))
-        sigma = min(max(sigma, low), high)  # not beyond them by rounding
-        notify(f"{picture.name}: noise level estimated at {sigma:.4f}" + f", {note}" * bool(note))
-    if not (A or low <= sigma <= high):
-        trained = f"the range {low:.2g} to {high:.2g} that '{CHECKPOINT}' was trained on"
-        raise ValueError(f"noise level {sigma:g} of '{picture.name}' is outside {trained}")
-    values = utils.crop(y, 128).numel()
-    utils.check(values >= COMPONENTS, "COMPONENTS", COMPONENTS, f"must be at most {values}, the values of '{picture.name}'")
-    least = methods()[METHOD].steps
-    steps = 1 if least == 1 else STEPS or (max(30, least) if A else least)
-    start, rho = (high, math.inf) if A else (sigma, 7.0)  # a picture not wholly seen begins as pure noise
-    levels = sde.noise_levels(start, start * (low / start) ** TEXTURE, steps, RHO or rho)
-    return Job(picture, y, x0, sigma, levels, A, listed and not A)
+def prepare(batch, rng, device):
+    """Return y, the noisy images; x0, the clean ones or None; A or None; and sigma or None.
+
+    y: (B, C, h, w) on the device, where B counts the frames of all Images of the batch.
+    """
+    x = torch.from_numpy(np.concatenate([image.pixels for image in batch])).permute(0, 3, 1, 2)
+    builtin = batch[0].builtin
+    size = [n // ENLARGE * ENLARGE if builtin else n * ENLARGE for n in x.shape[2:]]
+    A = observation(size, MASK, BLUR, ENLARGE, SEED)
+    if builtin:
+        x0 = x[:, :, : size[0], : size[1]]
+        sigma = SIGMA or (0.02 if A else 0.1)
+        y = add_noise(A(x0) if A else x0, sigma, rng)
+    else:
+        x0, y, sigma = None, x, SIGMA or (0.02 if A else None)
+    if MASK != "none":
+        y = A(y)  # what a mask hides is 0, whatever the file has there
+    return y.to(device), x0, A, sigma
 
 
-# -----------------------------------------------------------------------------
-# Denoising
-# -----------------------------------------------------------------------------
+def image_level(denoiser, y, low, high):
+    """PLACEHOLDER"""
+    return sde.estimate_sigma(denoiser, y[:1], low, high)[0].item(), []
 
 
-def batches(jobs):
-    """Yield lists of neighbouring jobs that are alike: in size, noise level and kind, at most BATCH_PIXELS pixels together."""
-    kind = lambda job: (job.picture.shape[:2], (job.y.shape, job.sigma, job.picture.builtin))  # noqa: E731
-    for (size, _), alike in itertools.groupby(jobs, kind):
-        most = max(1, BATCH_PIXELS // math.prod(size))
-        while batch := list(itertools.islice(alike, most)):  # full now, not when the next picture is in memory, too
-            yield batch
+def level_range(model, channels):
+    """Return the lowest and the highest noise level that the network knows for such images."""
+    factor = math.sqrt(3) if channels == 1 else 1.0  # see sde.grey
+    return model.sigma_min / factor, model.sigma_max / factor
 
 
-def draws_of(job):
-    usual = 1 if is_file(OUTPUT) else 4 if job.A else 2 if job.picture.builtin else 1
+def levels_for(model, y, sigma, A):
+    """Return the falling noise levels of METHOD; raises ValueError where the network lacks them."""
+    low, high = level_range(model, y.shape[1])
+    if A is None and not low <= sigma <= high:
+        trained = f"the range {low:.2g} to {high:.2g} that the network was trained on"
+        raise ValueError(f"noise level {sigma:g} is outside {trained}")
+    steps = methods()[METHOD].steps
+    if steps == 1:
+        return sde.noise_levels(sigma, low, 1)
+    if low == high:
+        raise ValueError(f"--method {METHOD} needs many noise levels, the network knows only {low}")
+    if A is None:
+        return sde.noise_levels(sigma, low, STEPS or steps)
+    return sde.noise_levels(high, low, STEPS or max(30, steps), math.inf)
+
+
+def number_of_draws(image, A):
+    if METHOD == "mmse":
+        return 0
+    usual = 4 if A else 2 if image.builtin else 1
     return (DRAWS or usual) if methods()[METHOD].draws else 1
 
 
-def probes_of(job):
-    return max(1, min(8, 2**21 // job.y[0].numel())) if PROBES is None else PROBES  # of a large picture one says enough
+def seeds_of(y, draw):
+    """Return a seed for each image: of its noisy pixels, SEED and the draw's number."""
+    word = f"{SEED} {draw}".encode()
+    return [zlib.crc32(word, zlib.crc32(image.cpu().contiguous().numpy())) for image in y]
 
 
-def work(job):
-    """Return about how many pixels go through the network for a picture, for the progress bar, and how many for `doubt`."""
-    size = job.picture.shape[:2]
-    calls = len(job.levels) * methods()[METHOD].calls * draws_of(job) + (METHOD != "mmse" and not job.A)
-    products = (1 + 2 * probes_of(job)) * (PROBES != 0)  # a product counts as two calls
-    return calls * utils.pixels_seen(*size, BATCH_PIXELS), products * utils.pixels_seen(*size, BATCH_PIXELS // 7, halo=32)
+def grey(denoiser, y):
+    """Return a denoiser of grey images like y, (B, 1, H, W)."""
+    noise = utils.seeded_noise([2**31], y.device)  # a seed that no sample has
+    return sde.grey(denoiser, noise(y[:1].expand(1, 3, -1, -1)))
 
 
-def denoise(model, jobs, device, filmed, bar=None):
-    """Give each job its one-step estimate and its draws, and write them; keep the frames of a draw of `filmed` jobs.
+def unchanged(y, sigma):
+    return y
 
-    What is written of somebody's own picture is let go, since it may be large, unless it is needed again.
+
+def find_level(denoiser, y, model, name, notify):
+    """Return the noise level of an image and what denoises it: at the lowest level, nothing."""
+    low, high = level_range(model, y.shape[1])
+    sigma, notes = image_level(denoiser, y, low, min(high, 1.0))
+    notify(", ".join([f"{name}: noise level estimated at {sigma:.4f}", *notes]))
+    return sigma, unchanged if sigma <= low else denoiser
+
+
+def canvas(y):
+    """Return zeros in the size of the images of which y is the observation."""
+    return y.new_zeros(*y.shape[:2], *(n * ENLARGE for n in y.shape[2:]))
+
+
+def posterior_mean(denoiser, y, A, sigma):
+    noise = utils.seeded_noise(seeds_of(y, "mean"), y.device)
+    return sde.posterior_mean(denoiser, y, A, sigma, canvas(y), noise=noise)
+
+
+def pure_noise(y, A, sigma, level, noise):
+    """Return where samples given an observation start: a classical fill plus noise."""
+    return sde.fill(y, A, sigma, canvas(y)) + level * noise(canvas(y))
+
+
+def uncertainty(denoiser, y, sigma, A, results):
+    """Return the variance of every pixel of x0 given y, (B, C, H, W), or None if there is none.
+
+    By the Jacobian of the denoiser or, given an observation, as the spread of the samples.
     """
-    levels, draws = jobs[0].levels, draws_of(jobs[0])
-    network = utils.tiled(model, BATCH_PIXELS, bar)
-    passes = [(METHOD, methods()[METHOD].sampler, levels, draw) for draw in range(draws)]
-    if METHOD != "mmse" and not jobs[0].A:
-        passes.append(("mmse", sde.adams, levels[:1], 0))  # last, since it cannot diverge: nothing is written of what does
-    for method, sampler, levels, draw in passes:
-        first, last = filmed if method == METHOD and draw == 0 else 0, draw + 1 == (draws if method == METHOD else 1)
-        began = time.perf_counter()
-        images, film = sample(network, jobs, device, functools.partial(sampler, levels=levels), draw, first)
-        seconds = (time.perf_counter() - began) / len(jobs)
-        for job, image in zip(jobs, images):
-            together = torch.cat([job.results[method][0], image[None]]) if method in job.results else image[None]
-            job.results[method] = [together, film.calls, seconds]
-        for k, job in enumerate(jobs[:first]):
-            job.frames = [(sigma, x[k].cpu(), denoised[k].cpu()) for sigma, x, denoised in film.frames]
-        del images, image, together  # which would stay in memory through the next pass
-        for k, job in enumerate(jobs if last else []):
-            write(job, method)
-            if k >= filmed and job.x0 is None and len(job.results[method][0]) == 1 and not COMPONENTS:
-                job.results[method][0] = torch.empty(1, 0)
+    if A is not None:
+        draws = [draw.images for draw in results.get(METHOD, [])]
+        return torch.stack(draws).var(0) if len(draws) > 1 else None
+    if denoiser is unchanged or len(y) > 64:
+        return None
+    probes = max(1, min(8, 2**21 // y[0, 0].numel()))  # of a large image, one says enough
+    noise = utils.seeded_noise(seeds_of(y, 0), y.device)
+    return sde.expected_error(denoiser, y, sigma, probes, noise)[1].cpu()
 
 
-def fill(y, A, sigma, like):
-    """Return what y = A(x0) + sigma n makes most likely, like `like`, for a Gaussian prior with the spectrum of photographs."""
-    return sde.observed(lambda x, sigma: 0.5 + 0 * x, y, A, sigma, resolution=1e6)(like, 1e6)  # a level that shows nothing
+class Result(NamedTuple):
+    images: torch.Tensor  # (B, C, H, W), on the CPU
+    calls: int  # of the denoiser
+    seconds: float  # for each image
+    frames: list  # (sigma, states, estimates) of every call, of the images that are recorded
 
 
-def sample(network, jobs, device, sampler, draw, filmed):
-    """Return what a sampler makes of jobs, on the CPU, and its Film.
-
-    A large picture goes through all of it tile by tile, with the noise of its place: then the states of all levels take the
-    memory of one tile. Where it is filmed, or not wholly seen, it stays whole, and `network` works in tiles. What is not wholly
-    seen starts from a classical fill and the strongest noise that the network knows: where that is strong, from pure noise.
-    """
-    A, size, films = jobs[0].A, jobs[0].picture.shape[:2], []
-    y = (torch.stack([job.y for job in jobs]) if len(jobs) > 1 else jobs[0].y[None]).to(device)  # no copy of a large one
-    seeds = [job.seed(draw) for job in jobs]
-
-    def on_tile(part, place):
-        denoiser, noise = of_any_kind(network, size, place), utils.seeded_noise(seeds, device, size, place)
-        films.append(utils.Film(sde.observed(denoiser, y, A, jobs[0].sigma) if A else denoiser, filmed))
-        start = fill(y, A, jobs[0].sigma, part) + jobs[0].levels[0] * noise(part) if A else part
-        images = sampler(films[-1], start, noise=noise)
-        if not images.isfinite().all():
-            raise ValueError(f"--method {METHOD} diverged on '{jobs[0].picture.name}': take a smaller step size, or more steps")
-        return images
-
-    like, pixels = (y.new_zeros(*y.shape[:2], *size), math.inf) if A else (y, math.inf if filmed else BATCH_PIXELS)
-    return utils.over_tiles(on_tile, like, pixels).cpu(), films[-1]
-
-
-def carry_out(model, jobs, device, filmed, bar, refused):
-    """Give jobs that are alike all that is asked for, and write it; yield them, but for those that go to `refused`, with why."""
-    try:
-        denoise(model, jobs, device, filmed, bar)
-        for job in jobs:
-            if job.unsure:
-                doubt(model, job, device, bar)
-    except ValueError as error:
-        for job in jobs:
-            job.results.clear(), job.frames.clear()
-        if len(jobs) == 1:
-            refused.append((jobs[0].picture.name, str(error)))
-        else:  # because of one of them
-            for k, job in enumerate(jobs):
-                yield from carry_out(model, [job], device, int(k < filmed), bar, refused)
-    else:
-        yield from jobs
-
-
-def doubt(model, job, device, bar=None):
-    """Give a job its expected error; write its map of uncertainty and the main directions of doubt of its middle."""
-    y, size = job.y[None].to(device), job.picture.shape[:2]
-    noise = utils.seeded_noise([job.seed(0)], device)
-    if probes := probes_of(job):
-        error = lambda part, place: sde.expected_error(of_any_kind(model, size, place), part, job.sigma, probes, noise)[1]  # noqa: E731
-        variance = utils.over_tiles(error, y, BATCH_PIXELS // 7, bar, 1 + 2 * probes, halo=32)[0].cpu()  # products take memory
-        job.error = utils.visible_part(variance, job.picture.alpha).mean().item()
-        write_map(job, "uncertainty", variance)
-    if COMPONENTS:
-        middle = utils.crop(y, 128)
-        variances, directions = sde.principal_components(of_any_kind(model), middle, job.sigma, COMPONENTS, noise=noise)
-        deviations, denoised = variances[0].clamp(min=0).sqrt().cpu(), job.results["mmse"][0][0]
-        utils.save_components(job.path("_components.png"), utils.crop(denoised, 128), deviations, directions[0].cpu())
-        job.wrote(job.path("_components.png"))
+def measured(function, denoiser, *arguments, record=0, **keywords):
+    """Return the Result of function(denoiser, ...); raises ValueError if it diverges."""
+    recorder, began = utils.Recorder(denoiser, max(0, record)), time.perf_counter()
+    images = function(recorder, *arguments, **keywords).cpu()
+    if not images.isfinite().all():
+        raise ValueError(f"--method {METHOD} diverged: choose a smaller step size, or more steps")
+    seconds = (time.perf_counter() - began) / len(images)
+    return Result(images, recorder.calls, seconds, recorder.frames)
 
 
 # -----------------------------------------------------------------------------
-# What is written
+# What is saved and printed
 # -----------------------------------------------------------------------------
 
 
-def owner_of(source):
-    """Return who writes a file: the source and the options, but for what they are applied to."""
-    return f"{source} { ({k: v for k, v in utils.options(globals()).items() if k not in ('input', 'output', 'count')}) }"
+def each_of(batch, results, *others):
+    """Yield for each Image: the Image, its part of the results, and its part of the others.
+
+    results: {kind: [Result, ...]}. others: tensors (B, ...) or None.
+    """
+    first = 0
+    for image in batch:
+        mine = slice(first, first + len(image.pixels))
+        parts = {kind: [part(draw, mine) for draw in draws] for kind, draws in results.items()}
+        yield image, parts, *(None if other is None else other[mine] for other in others)
+        first = mine.stop
 
 
-def is_file(output):
-    return Path(output).suffix.lower() in utils.SUFFIXES
+def part(result, mine):
+    """Return the Result of some images; its frames are then [(sigma, state, estimate), ...]."""
+    k, frames = mine.start, result.frames
+    frames = [(sigma, x[k], D[k]) for sigma, x, D in frames if k < len(x)]
+    return result._replace(images=result.images[mine], frames=frames)
 
 
-def write(job, method):
-    """Write what a method gave, in place of no file but our own: its images and, of draws, their mean, spread and frames."""
-    picture, images = job.picture, job.results[method][0]
-    save = lambda path, image: utils.write_picture(path, picture, image.permute(1, 2, 0).numpy(), job.owner)  # noqa: E731
-    if is_file(OUTPUT):
-        if method == METHOD:
-            job.written.append(save(OUTPUT, images[0]))
-        return
-    named = {f"{method}_{k + 1}" if len(images) > 1 else method: image for k, image in enumerate(images)}
-    asked = (DRAWS or job.A) and len(images) > 1
-    named |= {"mean": images.mean(0)} if asked else {}
-    job.written += [save(job.path(f"_{kind}{picture.suffix}"), image) for kind, image in named.items()]
-    if asked:
-        write_map(job, "spread", images.var(0))
-    if method == METHOD and job.frames:
-        write_frames(job)
+def save(image, results, variance):
+    """Write NAME_KIND of every result, and NAME_uncertainty; return the paths."""
+    paths = []
+    for kind, draws in results.items():
+        for k, draw in enumerate(draws):
+            number = f"_{k + 1}" if len(draws) > 1 else ""
+            paths.append(Path(OUTPUT, f"{image.name}_{kind}{number}{image.suffix}"))
+            utils.write_image(paths[-1], image, draw.images.permute(0, 2, 3, 1).numpy())
+    if variance is not None:
+        paths.append(Path(OUTPUT, f"{image.name}_uncertainty.png"))
+        title = f"uncertainty of {image.name}: standard deviation of a pixel"
+        utils.save_map(paths[-1].with_suffix(""), variance[0], title)
+    return paths
 
 
-def write_map(job, kind, variance):
-    """Write the map of the standard deviation of every value, if the output is a folder."""
-    if not is_file(OUTPUT):
-        utils.save_map(job.path(f"_{kind}"), variance, f"{kind} of {job.name}: standard deviation of a pixel")
-        for suffix in (".npy", ".png"):
-            job.wrote(job.path(f"_{kind}{suffix}"))
+def table_rows(image, sigma, x0, results, variance):
+    """Return a row of the table for each kind of result, a mean over its draws."""
+    rows, samples = [], results.get(METHOD, [])
+    if x0 is not None and len(samples) > 1:
+        mean = torch.stack([draw.images for draw in samples]).mean(0)
+        calls, seconds = sum(draw.calls for draw in samples), sum(draw.seconds for draw in samples)
+        results = results | {f"mean of {len(samples)}": [Result(mean, calls, seconds, [])]}
+    for kind, draws in results.items():
+        row = {"image": image.name, "sigma": sigma, "method": kind}
+        if x0 is not None:
+            images, truth = (
+                torch.cat([draw.images for draw in draws]),
+                x0.repeat(len(draws), 1, 1, 1),
+            )
+            row["PSNR dB"] = utils.psnr(images, truth).mean().item()
+            row["SSIM"] = utils.ssim(images, truth).mean().item()
+        if variance is not None:
+            expected = -10 * math.log10(max(variance.mean().item(), 1e-10))
+            row["expected PSNR"] = expected if kind == "mmse" else ""
+        row["calls"] = draws[0].calls
+        row["seconds"] = sum(draw.seconds for draw in draws) / len(draws)
+        rows.append(row)
+    return rows
 
 
-def write_frames(job):
-    """Write every state and estimate on the way as a picture, under names that sort, and their PSNR as a table."""
+def save_frames(image, frames, x0):
+    """Write every state and estimate on the way as a PNG, and their PSNR as a table.
+
+    frames: [(sigma, state, estimate)], images (C, H, W). x0: (N, C, H, W) or None.
+    """
     rows = []
-    for call, (sigma, state, estimate) in enumerate(job.frames):
-        rows.append({"call": call, "sigma": f"{sigma:.6g}"})
-        for kind, image in (("state", state), ("estimate", estimate)):
-            if SAVE_FRAMES:
-                path = job.path(f"_{METHOD}_frames") / f"{call:03}_{kind}_{sigma:.4f}.png"
-                utils.save_image(path, image)
-                utils.remember(path, job.owner)
-            if job.x0 is not None:
-                x0 = utils.crop(job.x0, 256)
-                rows[-1][f"psnr_{kind}"] = f"{utils.psnr(image[None], x0[None]).item():.4f}"
-    utils.save_csv(job.path(f"_{METHOD}.csv"), rows)
-    for ending in [".csv"] + ["_frames"] * SAVE_FRAMES:
-        job.wrote(job.path(f"_{METHOD}{ending}"))
+    with utils.replacing(Path(OUTPUT, f"{image.name}_{METHOD}_frames")) as folder:
+        folder.mkdir()
+        for call, (sigma, *pair) in enumerate(frames):
+            rows.append({"call": call, "sigma": f"{sigma:.6g}"})
+            for kind, shown in zip(("state", "estimate"), pair):
+                utils.save_png(folder / f"{call:03}_{kind}_{sigma:.4f}.png", shown)
+                if x0 is not None:
+                    quality = utils.psnr(shown[None], utils.crop(x0[:1], 256)).item()
+                    rows[-1][f"PSNR of the {kind}"] = f"{quality:.4f}"
+        utils.save_csv(folder / "psnr.csv", rows)
 
 
-def caption(image, x0):
-    return "" if x0 is None else f"{utils.psnr(image[None], x0[None]).item():.2f} dB"
+def panels(y, sigma, x0, results):
+    """Return what the figure shows of an image: a row as in utils.plot_images."""
+    frames = results[METHOD][0].frames
+    level, state, _ = frames[len(frames) // 4]
+    given = interpolate(y[:1].cpu(), results[METHOD][0].images.shape[2:])[0]
+    row = [("observation" if "mean" in results else "noisy", given, f"$\\sigma$ = {sigma:.3g}")]
+    row.append(("a state on the way", state, f"$\\sigma$ = {level:.2g}"))
+    titles = {"mmse": "one step", "mean": "posterior mean", "langevin": "Langevin", "ode": "ODE"}
+    for kind, draws in results.items():
+        row.extend((titles.get(kind, "a sample"), draw.images[0], "") for draw in draws[:2])
+    if x0 is not None:
+        row.append(("clean", x0[0], ""))
+    return [(title, utils.crop(image, 256), note) for title, image, note in row]
 
 
-def panels_of_draws(seen, sigma, images, x0):
-    """Return the panels of draws (N, C, H, W) of a picture not wholly seen: what was, two draws, their mean and deviation."""
-    panels = [("as seen", seen, f"$\\sigma$ = {sigma:.3g}")]
-    panels += [(title, image, caption(image, x0)) for title, image in zip(("a draw", "another draw"), images)]
-    if len(images) > 1:
-        mean, deviation = images.mean(0), images.var(0).mean(0).sqrt()
-        white = deviation.flatten().kthvalue(math.ceil(0.99 * deviation.numel())).values
-        panels.append((f"mean of {len(images)}", mean, caption(mean, x0)))
-        panels.append(("deviation", utils.in_colour((deviation / white).clamp(max=1)), f"black 0, white {white:.2g}"))
-    return panels + ([("clean", x0, "")] if x0 is not None else [])
+def save_figure(recorded):
+    """Write a figure of the recorded images and an animation of their frames; return the paths.
+
+    recorded: (panels, whether the last is the clean image, frames) for each image.
+    """
+    path = Path(OUTPUT, f"{Path(INPUT[0]).stem[:45]}_{METHOD}.jpg")
+    utils.plot_images(path, [row for row, _, _ in recorded], recorded[0][1])
+    utils.save_animation(path.with_suffix(".gif"), [frames for _, _, frames in recorded])
+    return path, path.with_suffix(".gif")
 
 
-def show(jobs, path):
-    """Show each picture and its middle, enlarged: noisy, on the way, one step, the results, clean; and animate the frames."""
-    grid = []
-    for job in jobs:
-        images, (sigma, state, _) = job.results[METHOD][0], job.frames[len(job.frames) // 2]
-        if job.A:
-            grid.append(panels_of_draws(job.seen(), job.sigma, images, job.x0))
-            continue
-        panels = [("noisy", job.y, f"$\\sigma$ = {job.sigma:.3g}"), ("a state on the way", state, f"$\\sigma$ = {sigma:.2g}")]
-        panels += [("one step", image, caption(image, job.x0)) for image in job.results["mmse"][0] if METHOD != "mmse"]
-        titles = ("a draw", "another draw") if len(images) > 1 else (METHOD,)
-        panels += [(title, image, caption(image, job.x0)) for title, image in zip(titles, images)]
-        grid.append(panels + ([("clean", job.x0, "")] if job.x0 is not None else []))
-    utils.plot_pictures(path, grid)
-    utils.save_animation(path.with_suffix(".gif"), [job.frames for job in jobs])
+def summary(rows):
+    """Return the lines of the table: all of few images and, where the truth is known, the means."""
+    means = utils.means(rows, "method", "image") if "PSNR dB" in rows[0] else []
+    if not means or len(means) == len(rows):
+        return rows
+    return (rows if len(rows) <= 64 else []) + means
 
 
-def check_output(jobs):
-    """Raise ValueError unless OUTPUT is a file for what comes of one job."""
-    utils.check(len(jobs) < 2, "OUTPUT", OUTPUT, "must be a folder for more than one picture")
-    for job in jobs:
-        mine = not Path(OUTPUT).exists() or utils.is_result(OUTPUT, job.owner)
-        utils.check(mine, "OUTPUT", OUTPUT, "must be a file that is not there or that the same command wrote")
-        utils.check_suffix(OUTPUT, job.picture)
+# -----------------------------------------------------------------------------
 
 
-def observed_by():
-    given = {"--mask": MASK != "none", "--blur": BLUR > 0, "--enlarge": ENLARGE > 1}
-    return [option for option, asked in given.items() if asked]
-
-
-def check_constants(model):
-    limits = {name: (1, 1e18) for name in ("COUNT", "LANGEVIN_STEPS", "BATCH_PIXELS")}
-    limits |= {"ENLARGE": (1, 64), "BLUR": (0, 1e6), "WHITE": (1e-30, 1e30), "LANGEVIN_STEP_SIZE": (1e-30, 1e30)}
-    limits |= {"STEPS": (1, 100_000), "DRAWS": (1, 100_000), "PROBES": (0, 100_000), "COMPONENTS": (0, 100_000)}
-    limits |= {"SEED": (0, 2**32 - 1), "DRAW_SEED": (0, 2**32 - 1)}
-    for name, (low, high) in limits.items():
-        value = globals()[name]
-        utils.check(value is None or low <= value <= high, name, value, f"must lie between {low} and {high}")
-    for name in ("STEPS", "DRAWS", "PROBES"):
-        utils.check(not isinstance(globals()[name], float), name, globals()[name], "must be a whole number")
-    utils.check(RHO in (None, math.inf) or 1 <= RHO <= 1e9, "RHO", RHO, "must lie between 1 and 1e9, or be inf")
-    if observed := observed_by():
-        utils.check(len(observed) == 1, "MASK", " ".join(observed), "--blur and --enlarge are one at a time")
-        draws = METHOD not in ("mmse", "langevin") and not COMPONENTS
-        utils.check(draws, "METHOD", METHOD, f"must be one that draws, or ode, and --components 0, with {observed[0]}")
-    if is_file(OUTPUT):
-        many = FIGURES == "yes" or (DRAWS or 1) > 1 or COMPONENTS
-        utils.check(not many, "OUTPUT", OUTPUT, "must be a folder for figures, draws and components")
-    utils.check(SIGMA is None or 0 < SIGMA <= 2, "SIGMA", SIGMA, "is a standard deviation for pixels in [0, 1], as 25/255")
-    utils.check(TEXTURE == 0 or 1e-6 <= TEXTURE <= 1, "TEXTURE", TEXTURE, "must be 0, or lie between 1e-6 and 1")
-    utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be ve, vp or subvp")
-    utils.check(FIGURES in ("auto", "yes", "no"), "FIGURES", FIGURES, "must be auto, yes or no")
+def check_constants():
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
-    walk = [name for name in methods() if name not in ("mmse", "langevin")]
-    users = dict.fromkeys(("texture", "rho", "steps"), walk)
-    users["draws"] = [name for name, method in methods().items() if method.draws]
-    users |= {"sde": ["euler", "heun"], "langevin_steps": ["langevin"], "langevin_step_size": ["langevin"]}
-    for name, known in users.items():
-        if METHOD not in known and globals()[name.upper()] != defaults[name]:
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --method {METHOD}, only for {', '.join(known)}")
-    if METHOD not in walk:
-        return
-    if model.sigma_min == model.sigma_max:
-        level = f"'{CHECKPOINT}' knows only {model.sigma_min:g}"
-        raise ValueError(f"--method {METHOD} needs many noise levels, and {level}: use mmse or langevin")
-    sde.noise_levels(model.sigma_max, model.sigma_min, STEPS or 20, RHO or 7.0)  # raises where RHO is too extreme
+    utils.check(SDE in PROCESSES, "SDE", SDE, f"must be one of {', '.join(PROCESSES)}")
+    utils.check(not Path(OUTPUT).suffix, "OUTPUT", OUTPUT, "must name a folder, without a suffix")
+    for name in ("COUNT", "STEPS", "DRAWS", "LANGEVIN_STEPS"):
+        value = globals()[name]
+        whole = value is None or (value >= 1 and value == int(value))
+        utils.check(whole, name, value, "must be a whole number from 1 on")
 
 
 def main():
-    device = utils.pick_device(DEVICE)
-    model = load_model(utils.find(CHECKPOINT), device, utils.pick_bfloat16(PRECISION, device))
-    check_constants(model)
-    rows, shown, failed, refused, count, own = [], [], [], [], 0, False
-    with tqdm(desc=METHOD, unit="px", unit_scale=True, leave=False) as bar:
-        jobs = read_jobs(model, device, bar.write, failed, refused)
-        if is_file(OUTPUT):
-            jobs = list(itertools.islice(jobs, 2))
-            check_output(jobs)
-        for batch in batches(jobs):
-            asked = FIGURES == "yes" or (FIGURES == "auto" and batch[0].picture.builtin and not is_file(OUTPUT))
-            filmed = max(0, min(SHOWN - len(shown), len(batch))) * asked
-            bar.total = (bar.total or 0) + sum(np.multiply(work(batch[0]), (len(batch), sum(job.unsure for job in batch))))
-            for job in carry_out(model, batch, device, filmed, bar, refused):
-                own |= not job.picture.builtin
-                if not job.picture.builtin:
-                    bar.write(f"wrote {' '.join(map(str, job.written))}")
-                rows, count = rows + job.rows(), count + 1
-                if job.frames:
-                    shown.append(job)
+    check_constants()
+    device, rng = utils.pick_device(DEVICE), np.random.default_rng(SEED)
+    method, rows, failures, recorded = methods()[METHOD], [], [], []
+    with tqdm(desc=METHOD, unit=" calls", disable=None, leave=False) as bar:
+        keywords = {"notify": bar.write, "failures": failures, "output": OUTPUT, "skip": [MASK]}
+        images = utils.read_images(INPUT, DATA_DIR, BLACK, WHITE, **keywords)
+        for batch in batches(itertools.islice(images, COUNT)):
+            try:
+                # The network, the noisy images, and their noise level.
+                model = network(checkpoint_for(batch[0]), device)
+                y, x0, A, sigma = prepare(batch, rng, device)
+                denoiser = utils.tiled(model, update=bar.update)
+                if y.shape[1] == 1:
+                    denoiser = grey(denoiser, y)
+                if sigma is None:
+                    sigma, denoiser = find_level(denoiser, y, model, batch[0].name, bar.write)
+                levels = levels_for(model, y, sigma, A)
+
+                # The estimate of smallest error: one step or, of an observation, a few.
+                if A is None:
+                    results = {"mmse": [measured(sde.adams, denoiser, y, levels[:1])]}
                 else:
-                    job.results.clear()  # before the next picture is read
-    if refused and not rows:
-        raise ValueError(refused[0][1])
-    for name, error in refused:
-        print(f"'{name}' is left out: {error}")
-    print(utils.table((rows if own or count <= LISTED else []) + (utils.means(rows, "method", "picture") if count > 1 else [])))
-    if shown:
-        owner = owner_of(INPUT)
-        path = Path(OUTPUT, utils.free_name(OUTPUT, f"{Path(INPUT[0]).stem[:45]}_{METHOD}", [".jpg", ".gif"], owner) + ".jpg")
-        show(shown, path)
-        for suffix in (".jpg", ".gif"):
-            utils.remember(path.with_suffix(suffix), owner)
-        print(f"wrote the results, '{path}' and '{path.with_suffix('.gif')}' to '{OUTPUT}'")
-    if own and methods()[METHOD].draws:
-        least = "what --method mmse gives" if is_file(OUTPUT) else "the mean of the draws" if observed_by() else "mmse"
-        print(f"{least} has the least error, for measurements; a draw ({METHOD}) looks natural, its finest texture is invented")
-    if failed or refused:
+                    results = {"mean": [measured(posterior_mean, denoiser, y, A, sigma)]}
+                    denoiser = sde.observed(denoiser, y, A, sigma)
+
+                # Samples, or the one result of a method that does not draw.
+                for draw in range(number_of_draws(batch[0], A)):
+                    noise = utils.seeded_noise(seeds_of(y, draw), device)
+                    start = y if A is None else pure_noise(y, A, sigma, levels[0], noise)
+                    record = FRAMES - len(recorded) if draw == 0 else 0
+                    options = {"levels": levels, "noise": noise, "record": record}
+                    sample = measured(method.sampler, denoiser, start, **options)
+                    results.setdefault(METHOD, []).append(sample)
+                variance = uncertainty(denoiser, y, sigma, A, results)
+            except ValueError as error:
+                failures += batch
+                bar.write(f"'{batch[0].name}' is left out: {error}")
+                continue
+
+            for image, mine, noisy, truth, spread in each_of(batch, results, y, x0, variance):
+                paths = save(image, mine, spread)
+                rows += table_rows(image, sigma, truth, mine, spread)
+                if METHOD in mine and mine[METHOD][0].frames:
+                    save_frames(image, mine[METHOD][0].frames, truth)
+                    row = panels(noisy, sigma, truth, mine)
+                    recorded.append((row, truth is not None, mine[METHOD][0].frames))
+                if not image.builtin:
+                    bar.write(f"wrote {' '.join(map(str, paths))}")
+    if not rows:
+        raise ValueError(f"nothing was denoised of {' '.join(INPUT)}")
+    print(utils.table(summary(rows)))
+    if recorded:
+        print(
+            f"wrote the results to '{OUTPUT}', with {' and '.join(map(str, save_figure(recorded)))}"
+        )
+    if failures:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    utils.run_script(main, globals(), positional="INPUT")
+    with torch.no_grad():
+        utils.run_script(main, globals(), positional="INPUT")

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -80,7 +81,9 @@ def _number(text):
 
 
 def _number_or_none(text):
-    return None if text.lower() == "none" else _number(text)
+    if text.lower() == "none":
+        return None
+    return int(text) if text.isdecimal() else _number(text)
 
 
 def check(condition, name, value, words):
@@ -194,19 +197,28 @@ class Image:
 
 
 def read_images(
-    sources, data_dir="data", black=None, white=None, notify=print, output=None, skip=()
+    sources,
+    data_dir="data",
+    black=None,
+    white=None,
+    notify=print,
+    failures=None,
+    output=None,
+    skip=(),
 ):
     """Yield the Images of all sources, one after another, so that memory holds one at a time.
 
     sources: one or more of "samples" (five photographs that scikit-image installs, as thumbnails),
     "cifar10" (its test images), files, and folders with their sub-folders. black, white: the file's
     values of 0 and 1; without, 0 and the largest value of its type, or 1 for floats. notify gets a
-    line for every file that is left out. output: the folder of the results, which is not read.
-    skip: paths that are no images to denoise.
+    line for every file that is left out, and the list `failures` its path. output: the folder of
+    the results, which is not read. skip: paths that are no images to denoise.
     Raises FileNotFoundError for a source that is not there, and ValueError if nothing can be read
     or a result would overwrite an input.
     """
-    files, left_out, taken = _find_files(sources, notify, output, skip), 0, set()
+    failures, taken = [] if failures is None else failures, set()
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    files = _find_files(sources, notify, output, skip)
     for name, path in files:
         try:
             if path in ("samples", "cifar10"):
@@ -219,10 +231,10 @@ def read_images(
         except ValueError as error:
             if len(files) == 1:
                 raise
-            left_out += 1
+            failures.append(path)
             notify(str(error))
-    if left_out:
-        notify(f"{left_out} of {len(files)} files cannot be read and are left out")
+    if failures:
+        notify(f"{len(failures)} of {len(files)} files cannot be read and are left out")
     if not taken:
         raise ValueError(f"no image can be read in {' '.join(map(str, sources))}")
 
@@ -397,12 +409,13 @@ def write_image(path, image, pixels):
 def _write_oiio(path, image, values):
     import OpenImageIO as oiio
 
-    spec = image.spec.copy()
+    spec = oiio.ImageSpec(*values.shape[2:0:-1], values.shape[3], str(values.dtype))
+    if image.spec:
+        spec = image.spec.copy()
     spec.width, spec.height = spec.full_width, spec.full_height = values.shape[2], values.shape[1]
-    spec.x = spec.y = spec.full_x = spec.full_y = 0
-    spec.nchannels, spec.tile_width, spec.tile_height = values.shape[3], 0, 0
+    spec.x = spec.y = spec.full_x = spec.full_y = spec.tile_width = spec.tile_height = 0
     spec.attribute("compression", "zip")
-    for attribute in image.spec.extra_attribs:
+    for attribute in list(spec.extra_attribs):
         if attribute.name.startswith(("tiff:", "jpeg:", "planarconfig", "Orientation")):
             spec.erase_attribute(attribute.name)  # of how that file was written, not of the image
         if spec.get_string_attribute("ICCProfile:color_space") == "CMYK":
@@ -601,20 +614,31 @@ def crop(x, size):
 def replacing(path):
     """Yield a temporary path beside `path`, moved into place if the block ends without exception.
 
-    Raises OSError, also where a library fails to write in a way of its own.
+    What is made there may be a file or a folder. Raises OSError, also where a library fails to
+    write in a way of its own.
     """
     path = Path(path)
     temporary = path.with_name(f".part_{path.name}")  # one name, so a crash leaves at most one file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
         yield temporary
+        if temporary.is_dir():
+            _remove(path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         kept = "what was there before is unchanged"
         raise OSError(f"'{path}' cannot be written ({error}); {kept}") from error
     finally:
+        _remove(temporary)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -753,58 +777,62 @@ def plot_training(path, losses, psnrs):
     save_figure(path, figure)
 
 
-def plot_images(path, rows, truths=None, detail=40):
+def plot_images(path, rows, truth=False, detail=40):
     """Show rows of (title, image (C, H, W), note), and below large images their middle, enlarged.
 
-    Under each image stands its note, and its PSNR where truths holds the clean image of the row;
-    titles are those of the first row.
+    truth: the last image of a row is the clean one; under the others then stands their PSNR, after
+    the note. Titles are those of the first row.
     """
     grid = []
-    for row, x0 in zip(rows, truths or [None] * len(rows)):
-        grid.append([(image, note, x0) for _, image, note in row])
+    for row in rows:
+        grid.append([(image, note) for _, image, note in row])
         if detail and max(row[0][1].shape[1:]) > 64:
-            middle = None if x0 is None else crop(x0, detail)
-            grid.append([(crop(image, detail), "", middle) for _, image, _ in row])
+            grid.append([(crop(image, detail), "") for _, image, _ in row])
     columns = max(map(len, grid))
     figure, axes = new_figure(1.6 * columns, 1.85 * len(grid) + 0.2, len(grid), columns)
-    for line, panels in zip(axes, grid):
-        for panel, (image, note, x0) in zip(line, panels):
+    for line, shown in zip(axes, grid):
+        for panel, (image, note) in zip(line, shown):
             panel.imshow(to_array(image), interpolation="nearest")
-            if x0 is not None and image is not x0 and not torch.equal(image, x0):
-                quality = psnr(image[None], x0[None].expand_as(image[None])).item()
-                note = f"{note}, {quality:.2f} dB" if note else f"{quality:.2f} dB"
+            if truth and panel is not line[len(shown) - 1]:
+                x0 = shown[-1][0]
+                quality = f"{psnr(image[None], x0[None]).item():.2f} dB"
+                note = f"{note}, {quality}" if note else quality
             panel.set_xlabel(note, fontsize=8)
             panel.set(xticks=[], yticks=[])
             if detail and max(image.shape[1:]) > 64:
-                top, left = (max(0, n - detail) // 2 - 0.5 for n in image.shape[1:])
-                panel.plot(*_frame(left, top, detail), color="white", linewidth=1)
-        for panel in line[len(panels) :]:
+                corner = [max(0, n - detail) // 2 - 0.5 for n in (image.shape[2], image.shape[1])]
+                panel.add_patch(_square(corner, detail))
+        for panel in line[len(shown) :]:
             panel.set_axis_off()
     for panel, (title, _, _) in zip(axes[0], rows[0]):
         panel.set_title(title, fontsize=9)
     save_figure(path, figure)
 
 
-def _frame(left, top, size):  # the corners of a square, for a plot
-    return [left, left + size, left + size, left, left], [top, top, top + size, top + size, top]
+def _square(corner, side):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, side, side, fill=False, edgecolor="white")
 
 
-def save_animation(path, frames, most=30, size=160):
+def save_animation(path, films, most=30, size=160):
     """Write a GIF of the states (above) and the estimates of x0 (below), a column for each image.
 
-    frames: [(sigma, states, estimates)], images (B, C, H, W), as in Recorder.
+    films: for each image [(sigma, state, estimate), ...], images (C, H, W).
     """
     from PIL import Image as PIL
 
-    chosen = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
-    pages = []
-    for k in chosen:
-        _, states, estimates = frames[k]
-        rows = [torch.cat(list(images), dim=2) for images in (states, estimates)]
-        page = PIL.fromarray(to_array(torch.cat(rows, dim=1)))
-        scale = max(1, round(size / states.shape[3]))
-        pages.append(page.resize((page.width * scale, page.height * scale), PIL.Resampling.NEAREST))
-    durations = [125] * (len(pages) - 1) + [1500]
+    pages, longest = [], max(map(len, films))
+    for k in np.linspace(0, longest - 1, min(most, longest)).round().astype(int):
+        page = PIL.new("RGB", (size * len(films), 2 * size))
+        for column, film in enumerate(films):
+            for row, shown in enumerate(film[min(k, len(film) - 1)][1:]):
+                image = PIL.fromarray(to_array(shown))
+                scale = size / max(image.size)
+                sides = (round(image.width * scale), round(image.height * scale))
+                page.paste(image.resize(sides), (column * size, row * size))
+        pages.append(page)
+    durations = [125] * (len(pages) - 1) + [1500]  # milliseconds; the last one stays
     with replacing(path) as temporary:
         options = {"append_images": pages[1:], "duration": durations, "loop": 0}
         pages[0].save(temporary, save_all=True, **options)
