@@ -351,25 +351,33 @@ def _read_oiio(path, notify):  # -> (N, H, W, C), its description, nothing
     if file is None:
         raise ValueError(oiio.geterror() or "not an image")
     spec, frames, others = file.spec(), [], 0
+    if spec.nchannels in (2, 4) and spec.alpha_channel < 0:
+        raise ValueError(f"{spec.nchannels} channels without alpha; save it as grey or RGB")
     while file.seek_subimage(len(frames) + others, 0):
         found = file.spec()
         frame = file.read_image(len(frames) + others, 0, 0, found.nchannels, oiio.UNKNOWN)
         if frame is None:
             raise ValueError(file.geterror())
-        if frame.shape == (spec.height, spec.width, spec.nchannels):
+        alike = frame.shape == (spec.height, spec.width, spec.nchannels)
+        if alike and found.format == spec.format:
             upright = oiio.ImageBuf(frame)
             upright.specmod().attribute("Orientation", spec.get_int_attribute("Orientation", 1))
-            frames.append(oiio.ImageBufAlgo.reorient(upright).get_pixels(oiio.UNKNOWN))
+            frames.append(oiio.ImageBufAlgo.reorient(upright).get_pixels(found.format))
         else:
             others += 1
     if others:
-        notify(f"'{path}': {others} frames of another size, such as thumbnails, are left out")
+        kinds = "frames of another size or type, such as thumbnails, are left out"
+        notify(f"'{path}': {others} {kinds}")
     described = spec.get_string_attribute("ImageDescription")
     stack = re.search(r"\bimages=(\d+)", described)  # ImageJ's and tifffile's way to say so
     stack = stack or re.search(r'"shape": \[(\d+),.*"truncated": true', described)
     if stack and int(stack[1]) > len(frames) + others:
         raise ValueError(f"{stack[1]} images behind one page header; save it with a page for each")
-    return np.stack(frames), spec, ()
+    values = np.stack(frames)
+    white_is_zero = spec.get_int_attribute("tiff:PhotometricInterpretation", 1) == 0
+    if white_is_zero and values.dtype in (np.uint16, np.uint32):  # of 8 bits, it is read as black
+        values = ~values
+    return values, spec, ()
 
 
 def _pixels(values, black, white):
@@ -415,6 +423,7 @@ def _write_oiio(path, image, values):
     spec.width, spec.height = spec.full_width, spec.full_height = values.shape[2], values.shape[1]
     spec.x = spec.y = spec.full_x = spec.full_y = spec.tile_width = spec.tile_height = 0
     spec.attribute("compression", "zip")
+    spec.alpha_channel = -1 if image.alpha is None else image.channels
     for attribute in list(spec.extra_attribs):
         if attribute.name.startswith(("tiff:", "jpeg:", "planarconfig", "Orientation")):
             spec.erase_attribute(attribute.name)  # of how that file was written, not of the image
