@@ -1,17 +1,20 @@
 """Linear SDEs, and the samplers that run them backwards from a noisy image.
 
-A noisy image y = x0 + sigma n is, up to a scale, a state of the SDE, at the time when the noise-to-signal ratio is sigma. So
-the reverse-time SDE started there draws from p(x0 | y), and nothing has to be generated from pure noise.
+A noisy image y = x0 + sigma n is, up to a scale, a state of the SDE, at the time when the
+noise-to-signal ratio is sigma. So the reverse-time SDE started there draws from p(x0 | y), and
+nothing has to be generated from pure noise.
 
 A sampler is a function (denoiser, y, levels, ..., noise) -> images, with
-    denoiser   any callable (x, sigma) -> E[x0 | x]: a network, a closed form, a wrapper around either
+    denoiser   any callable (x, sigma) -> E[x0 | x]: a network, a closed form, a wrapper
     y          (B, C, H, W), the noisy images, neither clipped nor rounded
-    levels     falling noise levels in the units of y, as from `noise_levels`; the first is that of y. A sampler ends with
-               the estimate E[x0 | x] at the last one, so with one level it is the one-step estimate of least error
-    noise      a callable that returns unit Gaussian noise like its argument; torch.randn_like unless given
-and it returns (B, C, H, W), not clipped, in the precision of y, which is also the precision of the state. In every loop
-t is the level (or time) now and s < t the next one. A sampler raises ValueError if the levels do not fall. `langevin`, which
-has one level, takes sigma in their place, and returns its state.
+    levels     falling noise levels in the units of y, as from `noise_levels`; the first is that
+               of y. A sampler ends with the estimate E[x0 | x] at the last one, so with one level
+               it is the one-step estimate of least error
+    noise      a callable that returns unit Gaussian noise like its argument
+and it returns (B, C, H, W), not clipped, in the precision of y, which is also the precision of the
+state. In every loop t is the level (or time) now and s < t the next one. A sampler raises
+ValueError if the levels do not fall. `langevin`, which has one level, takes sigma in their place,
+and returns its state.
 """
 
 import functools
@@ -28,9 +31,10 @@ LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
 
 
 class LinearSDE:
-    """dx = f(t) x dt + g(t) dw, given by x_t = alpha(t) (x0 + sigma(t) n), from which everything else follows.
+    """The SDE dx = f(t) x dt + g(t) dw whose states are x_t = alpha(t) (x0 + sigma(t) n).
 
-    log_alpha: logarithm of the signal scale; sigma: the noise-to-signal ratio; time: the inverse of sigma; tensors to tensors.
+    log_alpha: logarithm of the signal scale; sigma: the noise-to-signal ratio; time: the inverse of
+    sigma; tensors to tensors. Everything else follows from these.
     """
 
     def __init__(self, log_alpha, sigma, time):
@@ -41,7 +45,8 @@ class LinearSDE:
 
     def times(self, levels):
         """Return the times at which sigma(t) is each of the falling noise levels."""
-        return self.time(torch.tensor([t for t, _ in falling(levels)] + [levels[-1]], dtype=torch.float64))
+        levels = [t for t, _ in falling(levels)] + [levels[-1]]
+        return self.time(torch.tensor(levels, dtype=torch.float64))
 
     def drift(self, t):
         """f(t) = (log alpha)'(t)."""
@@ -57,30 +62,49 @@ class LinearSDE:
         return (denoiser(x_t / alpha, sigma) - x_t / alpha) / (alpha * sigma**2)
 
     def flow(self, denoiser, x_t, t):
-        """dx/dt = f x - g^2 score / 2, the flow with the marginals of the SDE (Song et al. 2021, eq. 13)."""
+        """dx/dt = f x - g^2 score / 2: the SDE's marginals without noise (Song 2021, eq. 13)."""
         return self.drift(t) * x_t - self.diffusion(t) ** 2 / 2 * self.score(denoiser, x_t, t)
 
 
 def VE(sigma_min=0.01, sigma_max=50.0):
     """Variance exploding (Song et al. 2021, eq. 9): alpha = 1 and sigma geometric in t."""
     rate = log(sigma_max / sigma_min)
-    return LinearSDE(lambda t: 0 * t, lambda t: sigma_min * (rate * t).exp(), lambda s: (s / sigma_min).log() / rate)
+    return LinearSDE(
+        log_alpha=lambda t: 0 * t,
+        sigma=lambda t: sigma_min * (rate * t).exp(),
+        time=lambda s: (s / sigma_min).log() / rate,
+    )
 
 
 def VP(beta_min=0.1, beta_max=20.0):
-    """Variance preserving (Song et al. 2021, eq. 11): beta linear in t, B its integral, alpha = e^(-B/2), sigma^2 = e^B - 1."""
+    """Variance preserving (Song et al. 2021, eq. 11): alpha = e^(-B/2), sigma^2 = e^B - 1.
+
+    B is the integral of beta, which is linear in t.
+    """
     B, inverse = _linear_beta(beta_min, beta_max)
-    return LinearSDE(lambda t: -B(t) / 2, lambda t: B(t).expm1().sqrt(), lambda s: inverse((s**2).log1p()))
+    return LinearSDE(
+        log_alpha=lambda t: -B(t) / 2,
+        sigma=lambda t: B(t).expm1().sqrt(),
+        time=lambda s: inverse((s**2).log1p()),
+    )
 
 
 def SubVP(beta_min=0.1, beta_max=20.0):
-    """Sub-VP (Song et al. 2021, eq. 12): the alpha of VP with noise 1 - alpha^2, so sigma = e^(B/2) - e^(-B/2)."""
+    """Sub-VP (Song et al. 2021, eq. 12): VP's alpha, noise 1 - alpha^2, so sigma = 2 sinh(B/2)."""
     B, inverse = _linear_beta(beta_min, beta_max)
-    return LinearSDE(lambda t: -B(t) / 2, lambda t: 2 * (B(t) / 2).sinh(), lambda s: inverse(2 * (s / 2).asinh()))
+    return LinearSDE(
+        log_alpha=lambda t: -B(t) / 2,
+        sigma=lambda t: 2 * (B(t) / 2).sinh(),
+        time=lambda s: inverse(2 * (s / 2).asinh()),
+    )
 
 
 def _linear_beta(a, b):  # -> the integral of beta from 0 to t, and its inverse
-    return lambda t: a * t + (b - a) * t**2 / 2, lambda B: 2 * B / (a + (a**2 + 2 * (b - a) * B).sqrt())
+    slope = b - a
+    return (
+        lambda t: a * t + slope * t**2 / 2,
+        lambda B: 2 * B / (a + (a**2 + 2 * slope * B).sqrt()),
+    )
 
 
 def _derivative(function, t):
@@ -88,14 +112,16 @@ def _derivative(function, t):
 
 
 def noise_levels(sigma, sigma_min, steps, rho=7.0):
-    """Return `steps` falling noise levels from sigma to sigma_min, float64 (Karras et al. 2022, eq. 5).
+    """Return `steps` noise levels falling from sigma to sigma_min (Karras et al. 2022, eq. 5).
 
-    rho spaces them evenly in sigma^(1/rho); inf spaces them evenly in log sigma. With one step, or where sigma
-    is not above sigma_min, there is nothing between the image and its estimate: the only level is sigma.
-    Raises ValueError unless sigma and sigma_min are above LOWEST, steps >= 1, and rho is such that the levels fall.
+    rho spaces them evenly in sigma^(1/rho); inf spaces them evenly in log sigma. They are float64.
+    With one step, or where sigma is not above sigma_min, there is nothing between the image and its
+    estimate: the only level is sigma. Raises ValueError unless sigma and sigma_min are above
+    LOWEST, steps is a whole number from 1 on, and rho is such that the levels fall.
     """
-    if not (LOWEST < sigma < inf and sigma_min > LOWEST and steps >= 1 and rho > 0):
-        raise ValueError(f"no noise levels from sigma {sigma} to sigma_min {sigma_min} in steps {steps} with rho {rho}")
+    proper = LOWEST < sigma < inf and sigma_min > LOWEST and _is_count(steps) and rho > 0
+    given = f"sigma {sigma}, sigma_min {sigma_min}, steps {steps}, rho {rho}"
+    _check(proper, "noise levels need positive numbers and whole steps", given)
     if steps == 1 or sigma <= sigma_min:
         return torch.tensor([sigma], dtype=torch.float64)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -105,13 +131,12 @@ def noise_levels(sigma, sigma_min, steps, rho=7.0):
         a, b = (torch.tensor(s, dtype=torch.float64) ** (1 / rho) for s in (sigma, sigma_min))
         levels = (a + ramp * (b - a)) ** rho
     levels[0], levels[-1] = sigma, sigma_min  # exactly, not to rounding
-    if not (levels.diff() < 0).all():
-        raise ValueError(f"rho {rho} is too extreme: the levels from {sigma} to {sigma_min} do not fall")
+    _check((levels.diff() < 0).all(), "rho must be less extreme: the levels do not fall", given)
     return levels
 
 
 def falling(levels):
-    """Return the pairs (t, s) of neighbouring levels as floats; raises ValueError unless they are positive and fall."""
+    """Return the pairs (t, s) of neighbouring levels; raises ValueError unless they fall."""
     levels = [float(s) for s in levels]
     proper = levels and all(t > s > LOWEST for t, s in pairwise([inf, *levels]))
     _check(proper, "noise levels must be finite, positive and falling", levels)
@@ -124,12 +149,12 @@ def falling(levels):
 
 
 def reverse_sde(denoiser, y, levels, sde=None, noise=torch.randn_like):
-    """Draw from p(x0 | y): Euler-Maruyama on the reverse-time SDE (Anderson 1982; Song et al. 2021, eq. 6)
+    """Draw from p(x0 | y): Euler-Maruyama on the reverse-time SDE
 
-        dx = (f x - g^2 score) dt + g dw,  t falling,
+        dx = (f x - g^2 score) dt + g dw,  t falling,  (Anderson 1982; Song et al. 2021, eq. 6)
 
-    from the time of the noisy image to that of the last level. sde: any LinearSDE, VE() unless given. One network call
-    a level. The law of the result is right to first order in the step.
+    from the time of the noisy image to that of the last level. sde: any LinearSDE, VE() unless
+    given. One network call a level. The law of the result is right to first order in the step.
     """
     sde = sde or VE()
     times = sde.times(levels)
@@ -141,12 +166,13 @@ def reverse_sde(denoiser, y, levels, sde=None, noise=torch.randn_like):
 
 
 def probability_flow_ode(denoiser, y, levels, sde=None, noise=None):
-    """Follow the flow that has the marginals of the SDE without its noise, by Heun's method (Song et al. 2021, eq. 13)
+    """Follow the flow that has the marginals of the SDE without its noise, by Heun's method
 
-        dx = (f x - g^2 score / 2) dt,  t falling,
+        dx = (f x - g^2 score / 2) dt,  t falling,  (Song et al. 2021, eq. 13)
 
-    as `reverse_sde` does, in second order, with two network calls a step and one at the last level. The result is
-    deterministic (noise is not used), sharper than E[x0 | y] with a larger error, and no draw from p(x0 | y).
+    as `reverse_sde` does, in second order, with two network calls a step and one at the last level.
+    The result is deterministic (noise is not used), sharper than E[x0 | y] with a larger error, and
+    no draw from p(x0 | y).
     """
     sde = sde or VE()
     times = sde.times(levels)
@@ -159,14 +185,15 @@ def probability_flow_ode(denoiser, y, levels, sde=None, noise=None):
 
 
 def ancestral(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
-    """Step between noise levels with x0 held at its estimate (Song, Meng, Ermon 2021, eq. 12 and 16, for any linear SDE):
+    """Step between noise levels with x0 held at its estimate:
 
-        x_s = D + sqrt(s^2 - v^2) / t (x_t - D) + v z,  v = eta s sqrt(1 - s^2 / t^2).
+        x_s = D + sqrt(s^2 - v^2) / t (x_t - D) + v z,  v = eta s sqrt(1 - s^2 / t^2)
 
-    eta = 1 is ancestral sampling (Ho et al. 2020), a first-order solver of the reverse SDE: it draws from p(x0 | y).
-    eta = 0 is DDIM, a first-order solver of the probability-flow ODE. What is between has the right marginals but is
-    no draw from p(x0 | y): only the reverse SDE keeps the joint law of y and x0. One network call a level.
-    Raises ValueError unless 0 <= eta <= 1.
+    (Song, Meng, Ermon 2021, eq. 12 and 16, for any linear SDE). eta = 1 is ancestral sampling (Ho
+    et al. 2020), a first-order solver of the reverse SDE: it draws from p(x0 | y). eta = 0 is DDIM,
+    a first-order solver of the probability-flow ODE. What is between has the right marginals but is
+    no draw from p(x0 | y): only the reverse SDE keeps the joint law of y and x0. One network call a
+    level. Raises ValueError unless 0 <= eta <= 1.
     """
     _check(0 <= eta <= 1, "eta must lie between 0 and 1", eta)
     x = y
@@ -178,16 +205,19 @@ def ancestral(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
 
 
 def adams(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
-    """Solve the reverse SDE (eta 1) or the probability-flow ODE (eta 0) with a two-step Adams predictor and corrector.
+    """Solve the reverse SDE (eta 1) or the probability-flow ODE (eta 0) by two-step Adams methods.
 
-    Between the levels t and s, with h = log(t / s) and k = 1 + eta^2, the linear part and the noise are exact and D is a
-    line in log sigma (SA-Solver, Xue et al. 2023, predicting data with tau = eta; the predictor at eta 0 is, but for terms
-    of third order in h, DPM-Solver++(2M), Lu et al. 2022):
+    Between the levels t and s, with h = log(t / s) and k = 1 + eta^2, the linear part and the noise
+    are exact and D is a line in log sigma (SA-Solver, Xue et al. 2023, predicting data with tau =
+    eta; the predictor at eta 0 is, but for terms of third order in h, DPM-Solver++(2M), Lu et al.
+    2022):
 
-        x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,  b = 1 - (1 - e^(-k h)) / (k h).
+        x_s = e^(-k h) x_t + (1 - e^(-k h) - b) D_t + b D_s + s sqrt(1 - e^(-2 eta^2 h)) z,
+        b = 1 - (1 - e^(-k h)) / (k h).
 
-    The predictor extrapolates D_s along the last slope; the corrector puts in the estimate at the predicted point, made
-    with the same z, which carries the noise to second order, in law. One network call a level. eta: as in `ancestral`.
+    The predictor extrapolates D_s along the last slope; the corrector puts in the estimate at the
+    predicted point, made with the same z, which carries the noise to second order, in law. One
+    network call a level. eta: as in `ancestral`.
     """
     _check(0 <= eta <= 1, "eta must lie between 0 and 1", eta)
     steps, k, x, D, slope = falling(levels), 1 + eta**2, y, denoiser(y, levels[0]), 0.0
@@ -201,18 +231,22 @@ def adams(denoiser, y, levels, eta=1.0, noise=torch.randn_like):
     return D
 
 
-def predictor_corrector(denoiser, y, levels, corrections=1, delta=0.1, observe=True, noise=torch.randn_like):
-    """Follow each step of the discrete reverse SDE by Langevin corrections (Song et al. 2021, algorithm 2) that keep y:
+def predictor_corrector(
+    denoiser, y, levels, corrections=1, delta=0.1, observe=True, noise=torch.randn_like
+):
+    """Follow each step of the discrete reverse SDE by Langevin corrections that keep y:
 
         x <- x + (1 - s^2 / t^2) (D - x) + sqrt(t^2 - s^2) z,  then, `corrections` times,
-        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt((2 - delta) e) z,  e = delta s^2 (1 - s^2 / sigma^2).
+        x <- x + e [score(x, s) + (y - x) / (sigma^2 - s^2)] + sqrt((2 - delta) e) z,
+        e = delta s^2 (1 - s^2 / sigma^2)
 
-    With the pull of y (Kawar et al. 2021) a correction samples p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n, to first
-    order in delta. With `observe` False it uses the score alone, with e = delta s^2, as published but for step and noise: it
-    samples p_s, and forgets y the more it corrects. The noise of variance 2 - delta, not Langevin's 2, keeps the variance of
-    x_s around a known x0 for any delta. One network call a step, `corrections` more at every level but the first, and one at
-    the end.
-    Raises ValueError unless 0 < delta < 2.
+    (after Song et al. 2021, algorithm 2). With the pull of y (Kawar et al. 2021) a correction
+    samples p(x_s | y), since y = x_s + sqrt(sigma^2 - s^2) n, to first order in delta. With
+    `observe` False it uses the score alone, with e = delta s^2, as published but for step and
+    noise: it samples p_s, and forgets y the more it corrects. The noise of variance 2 - delta, not
+    Langevin's 2, keeps the variance of x_s around a known x0 for any delta. One network call a
+    step, `corrections` more at every level but the first, and one at the end. Raises ValueError
+    unless 0 < delta < 2.
     """
     _check(0 < delta < 2, "delta must lie between 0 and 2", delta)
     steps, sigma, x = falling(levels), float(levels[0]), y
@@ -227,17 +261,19 @@ def predictor_corrector(denoiser, y, levels, corrections=1, delta=0.1, observe=T
 
 
 def annealed_langevin(denoiser, y, levels, delta=0.1, noise=torch.randn_like):
-    """Anneal Langevin updates with the pull of the observation (after Kawar et al. 2021, algorithm 1), from level t to s:
+    """Anneal Langevin updates with the pull of the observation, from level t to s:
 
-        x <- x + e [score(x, t) + (y - x) / (sigma^2 - t^2)] + sqrt(e / 2) (z_before + z),  e = delta v_t,
-        x <- m_s + sqrt(v_s / v_t) (x - m_t),  m_t = D + t^2 / sigma^2 (y - D),  v_t = t^2 (1 - t^2 / sigma^2).
+        x <- x + e [score(x, t) + (y - x) / (sigma^2 - t^2)] + sqrt(e / 2) (z_before + z),
+        x <- m_s + sqrt(v_s / v_t) (x - m_t),
+        e = delta v_t,  m_t = D + t^2 / sigma^2 (y - D),  v_t = t^2 (1 - t^2 / sigma^2)
 
-    The first line samples p(x_t | y), since y = x_t + sqrt(sigma^2 - t^2) n. Each noise enters half here and half in the next
-    update (Leimkuhler and Matthews 2013): at a fixed level the variance is then exact for any Gaussian prior and any delta.
-    The second line moves the state to the next level along the probability flow given y; m and v are the mean and variance of
-    p(x_t | x0 = D, y). As published, the state only relaxes to the next level, always a little too noisy for it, and the
-    network takes the excess for picture. First order in the step; one network call a level.
-    Raises ValueError unless 0 < delta < 2.
+    (after Kawar et al. 2021, algorithm 1). The first line samples p(x_t | y), since y = x_t +
+    sqrt(sigma^2 - t^2) n. Each noise enters half here and half in the next update (Leimkuhler and
+    Matthews 2013): at a fixed level the variance is then exact for any Gaussian prior and any
+    delta. The second line moves the state to the next level along the probability flow given y; m
+    and v are the mean and variance of p(x_t | x0 = D, y). As published, the state only relaxes to
+    the next level, always a little too noisy for it, and the network takes the excess for image.
+    First order in the step; one network call a level. Raises ValueError unless 0 < delta < 2.
     """
     _check(0 < delta < 2, "delta must lie between 0 and 2", delta)
     steps, sigma, x, z = falling(levels), float(levels[0]), y, noise(y)
@@ -247,25 +283,32 @@ def annealed_langevin(denoiser, y, levels, delta=0.1, noise=torch.randn_like):
         v_t, v_s = (u**2 * (1 - (u / sigma) ** 2) for u in (t, s))
         if t < sigma:
             z_before, z, e = z, noise(x), delta * v_t
-            x = x + e * ((D - x) / t**2 + (y - x) / (sigma**2 - t**2)) + sqrt(e / 2) * (z_before + z)
+            score = (D - x) / t**2
+            pull = (y - x) / (sigma**2 - t**2)
+            x = x + e * (score + pull) + sqrt(e / 2) * (z_before + z)
             unit = (x - m_t) / sqrt(v_t)
-        else:  # y itself has no spread: draw from p(x_s | x0 = D, y), of which z is half the noise before
+        else:  # y itself has no spread: draw from p(x_s | x0 = D, y); z is half the noise before
             unit = sqrt(delta / 2) * z + sqrt(1 - delta / 2) * noise(x)
         x = m_s + sqrt(v_s) * unit
     return denoiser(x, levels[-1])
 
 
-def langevin(denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, noise=torch.randn_like):
+def langevin(
+    denoiser, y, sigma, steps=100, step_size=1e-4, temperature=None, noise=torch.randn_like
+):
     """Run plain Langevin updates at the fixed level sigma, the recipe this project starts from:
 
-        x <- x + step_size score(x, sigma) + sqrt(2 step_size temperature) z,  temperature sigma^2 unless given.
+        x <- x + step_size score(x, sigma) + sqrt(2 step_size temperature) z.
 
-    One network call a step. Nothing in it remembers y: for small steps its stationary law is proportional to
-    p_sigma^(1/temperature), and neither p(x0 | y) nor p(x0). It denoises only as long as it is stopped in time.
-    Raises ValueError unless sigma, step_size and steps are positive.
+    The temperature is sigma^2 unless given. One network call a step. Nothing in it remembers y: for
+    small steps its stationary law is proportional to p_sigma^(1/temperature), and neither p(x0 | y)
+    nor p(x0). It denoises only as long as it is stopped in time. Raises ValueError unless sigma and
+    step_size are positive, and steps is a whole number from 1 on.
     """
-    _check(sigma > 0 and step_size > 0 and steps >= 1, "sigma, step_size and steps must be positive", (sigma, step_size, steps))
-    x, temperature = y, sigma**2 if temperature is None else temperature
+    proper = sigma > 0 and step_size > 0 and _is_count(steps)
+    _check(proper, "sigma, step_size and steps must be positive", (sigma, step_size, steps))
+    temperature = sigma**2 if temperature is None else temperature
+    x = y
     for _ in range(steps):
         score = (denoiser(x, sigma) - x) / sigma**2
         x = x + step_size * score + sqrt(2 * step_size * temperature) * noise(x)
@@ -277,16 +320,22 @@ def _check(condition, words, value):
         raise ValueError(f"{words}, not {value}")
 
 
+def _is_count(n):
+    return n >= 1 and n == int(n)
+
+
 # -----------------------------------------------------------------------------
 # What a denoiser says of the posterior
 # -----------------------------------------------------------------------------
 
 
 def posterior_covariance(denoiser, x, sigma):
-    """Return D = E[x0 | x] and `multiply`, v -> Cov[x0 | x] v = sigma^2 (dD/dx)^T v, v like x (Manor and Michaeli 2024, eq. 3).
+    """Return D = E[x0 | x] and `multiply`, v -> Cov[x0 | x] v = sigma^2 (dD/dx)^T v, v like x.
 
-    One network call; each product is one backward pass through its graph, which lives as long as `multiply` does. Works
-    under torch.no_grad(), too. sigma: a float or (B,). The covariance is symmetric as far as D is the gradient it should be.
+    (Manor and Michaeli 2024, eq. 3.) One network call; each product is one backward pass through
+    its graph, which lives as long as `multiply` does. Works under torch.no_grad() and
+    torch.inference_mode(), too. sigma: a float or (B,). The covariance is symmetric as far as the
+    score (D - x) / sigma^2 is the gradient it should be.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()  # clones, since inference tensors have no gradient
@@ -300,10 +349,11 @@ def posterior_covariance(denoiser, x, sigma):
 
 
 def expected_error(denoiser, y, sigma, probes=8, noise=torch.randn_like):
-    """Return E[x0 | y] and the variance of every value of x0 given y, both like y; its mean is the expected squared error.
+    """Return E[x0 | y] and the variance of every value of x0 given y, both like y.
 
-    The diagonal of Cov[x0 | y], as the mean of v * Cov v over vectors v of random signs (Hutchinson 1990; Bekas et al. 2007).
-    It is unbiased; a mean over many pixels is precise, a single value rough, and may be negative.
+    The mean of the variances is the expected squared error. They are the diagonal of Cov[x0 | y],
+    as the mean of v * Cov v over vectors v of random signs (Hutchinson 1990; Bekas et al. 2007). It
+    is unbiased; a mean over many pixels is precise, a single value rough, and may be negative.
     """
     denoised, multiply = posterior_covariance(denoiser, y, sigma)
     signs = (noise(y).sign() for _ in range(probes))
@@ -311,14 +361,16 @@ def expected_error(denoiser, y, sigma, probes=8, noise=torch.randn_like):
 
 
 def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.randn_like):
-    """Return the largest variances of p(x0 | y), (B, K), falling, and their directions, (B, K, 3, H, W), each of norm 1.
+    """Return the K largest variances of p(x0 | y), (B, K), and their directions, (B, K, 3, H, W).
 
-    Subspace iteration on products with Cov[x0 | y] (Manor and Michaeli 2024, algorithm 1), ended by the eigenvectors within
-    the subspace. An iteration takes K products and shrinks the error of a direction by the ratio of variance K + 1 to its own.
-    Raises ValueError unless 1 <= count <= the values of an image, and iterations >= 1.
+    The variances fall; the directions have norm 1. Subspace iteration on products with Cov[x0 | y]
+    (Manor and Michaeli 2024, algorithm 1), ended by the eigenvectors within the subspace. An
+    iteration takes K products and shrinks the error of a direction by the ratio of variance K + 1
+    to its own. Raises ValueError unless 1 <= count <= the values of an image, and iterations >= 1.
     """
     most = y[0].numel()
-    _check(1 <= count <= most and iterations >= 1, f"give 1 to {most} components and 1 iteration or more", (count, iterations))
+    proper = _is_count(count) and count <= most and _is_count(iterations)
+    _check(proper, f"give 1 to {most} components and 1 iteration or more", (count, iterations))
     _, multiply = posterior_covariance(denoiser, y, sigma)
     spread = torch.stack([noise(y) for _ in range(count)], dim=1)  # (B, K, 3, H, W)
     for _ in range(iterations):
@@ -338,8 +390,8 @@ def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=
         s^2 <- s^2 + (|y - D|^2 - s^2 tr(I - J)) / tr((I - J)^2),
 
     in one step where the prior is white. A step out of the bracket of known levels goes to the
-    bracket's geometric middle. The search starts at the standard deviation of the image, which its
-    noise cannot exceed. Traces are means over `probes` fixed random vectors v of signs, and J v is a
+    bracket's geometric middle. The search starts at the level of a flat image with such differences
+    of neighbours. Traces are means over `probes` fixed random vectors v of signs, and J v is a
     difference of two network calls (Ramani, Blu, Unser 2008): 1 + probes calls an iteration, 2 to 10
     iterations. Up to the tolerance an estimate depends on its image alone, not on the batch.
 
@@ -359,7 +411,8 @@ def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=
 
     clipped = mean(((y == 0) | (y == 1)).to(y)) > 1e-3
     y = cut_extremes(y)
-    s = mean((y - y.mean((1, 2, 3), keepdim=True)) ** 2).sqrt().clamp(low, high)
+    differences = y.diff(dim=2).diff(dim=3) / 2
+    s = mean(differences**2).sqrt().nan_to_num(low).clamp(low, high)  # none in a single row
     below, above = torch.zeros_like(s), torch.full_like(s, inf)
     searching = torch.ones_like(clipped)
     for _ in range(iterations):
@@ -405,17 +458,25 @@ def _scoring(denoiser, y, s, clipped, probes):
 
 
 def grey(denoiser, e):
-    """Return a denoiser of grey images, (B, 1, H, W), from one of colour images: x, sigma -> E[x0 | x], the mean of its channels.
+    """Return a denoiser of grey images, (B, 1, H, W), from one of colour images.
 
-    The noise n of a grey image is the same in all channels. Zero-sum noise makes it white: with e unit Gaussian,
-    sigma n + sqrt(3) sigma (e_c - mean e) is independent between channels, of standard deviation sqrt(3) sigma and mean sigma n.
-    e, (B, 3, H, W) like the image, is kept fixed, so that this is one differentiable function and everything above
-    and every sampler work with it. Exact where luma and chroma are independent under the prior; the range of levels is
-    that of the network over sqrt(3). In a sampler the network sees a grey image with white noise at every level, so what is
-    drawn is grey; where luma and chroma depend on each other, its law is p(x0 | y) for grey x0 only as far as the network's is.
+    It is (x, sigma) -> E[x0 | x], the mean over its channels. The noise n of a grey image is the
+    same in all channels. Zero-sum noise makes it white: with e unit Gaussian, sigma n + sqrt(3)
+    sigma (e_c - mean e) is independent between channels, of standard deviation sqrt(3) sigma and
+    mean sigma n. e, (B, 3, H, W) like the image, is kept fixed, so that this is one differentiable
+    function and everything above and every sampler work with it. Exact where luma and chroma are
+    independent under the prior; the range of levels is that of the network over sqrt(3). In a
+    sampler the network sees a grey image with white noise at every level, so what is drawn is grey;
+    where luma and chroma depend on each other, its law is p(x0 | y) for grey x0 only as far as the
+    network's is.
     """
     zero_sum = sqrt(3) * (e - e.mean(1, keepdim=True))
-    return lambda x, sigma: denoiser(x + _per_image(sigma, x) * zero_sum, sqrt(3) * sigma).mean(1, keepdim=True)
+
+    def of_grey(x, sigma):
+        white = x + _per_image(sigma, x) * zero_sum
+        return denoiser(white, sqrt(3) * sigma).mean(1, keepdim=True)
+
+    return of_grey
 
 
 def _per_image(sigma, x):  # -> (1 or B, 1, 1, 1) like x
@@ -428,22 +489,28 @@ def _per_image(sigma, x):  # -> (1 or B, 1, 1, 1) like x
 
 
 def natural_power(x):
-    """Return the variances (C, H, W) of the discrete cosines of natural pictures of the size of x (B, C, H, W), C 3 or 1.
+    """Return the variances (C, H, W) of the discrete cosines of natural images like x, C 3 or 1.
 
-    c exp(-10.6 (f^2 + g^2)) / ((f + g)^2 + 0.07 / (H W)), f and g in cycles a pixel, c one number each for grey, red - blue and
-    green - the rest: photographs' 1 / f^2 at any size, softened; within a factor of 1.4 (rms) for CIFAR-10's training images.
+        c exp(-10.6 (f^2 + g^2)) / ((f + g)^2 + 0.07 / (H W)),  f and g in cycles a pixel,
+
+    photographs' 1 / f^2 at any size, softened, with one number c each for grey, red - blue and
+    green - the rest. Within a factor of 1.4 (rms) for CIFAR-10's training images.
     """
     f, g = (torch.arange(n, dtype=x.dtype, device=x.device) / (2 * n) for n in x.shape[2:])
     f = f[:, None]
-    c = [8.6e-3, 2.4e-4, 9e-5] if x.shape[1] == 3 else [8.6e-3 / 3]  # grey: of one channel, not of the sum of three
-    return torch.tensor(c).to(x)[:, None, None] * torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / x[0, 0].numel())
+    c = [8.6e-3 / 3]  # of one channel; below, of the sum of three over sqrt(3)
+    if x.shape[1] == 3:
+        c = [8.6e-3, 2.4e-4, 9e-5]
+    shape = torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / x[0, 0].numel())
+    return torch.tensor(c).to(x)[:, None, None] * shape
 
 
 def antithetic(noise):
-    """Return noise for a batch of two halves, z and -z (antithetic variates, Hammersley and Morton 1956).
+    """Return noise for a batch of two halves: z and -z (Hammersley and Morton 1956).
 
-    A sampler then draws pairs, image k and image k + B / 2 of the batch. In the mean of a pair all that is linear in the noise
-    cancels. So for a Gaussian prior it is the posterior mean, whatever the noise. Raises ValueError for a batch of odd size.
+    A sampler then draws antithetic pairs: sample k and sample k + B / 2 of the batch. In the mean
+    of a pair all that is linear in the noise cancels, so for a Gaussian prior it is the posterior
+    mean, whatever the noise. Raises ValueError for a batch of odd size.
     """
 
     def pairs(x):
@@ -455,35 +522,48 @@ def antithetic(noise):
 
 
 def fill(y, A, sigma_y, like, power=natural_power):
-    """Return E[x0 | y], y = A(x0) + sigma_y n, for a Gaussian prior of mean 0.5: a classical estimate, without a network.
+    """Return a classical estimate of x0 from y = A(x0) + sigma_y n, without a network.
 
-        m + P A^T u,  (sigma_y^2 + A P A^T) u = y - A(m),  m = 0.5, P the covariance with variances power(x).
+    It is the posterior mean for the Gaussian prior N(m, P), m = 0.5, P of variances power(x):
 
-    like: (B, C, H, W); shape, type and device of the images. The other arguments are those of `observed`.
+        m + P A^T u,  (sigma_y^2 + A P A^T) u = y - A(m).
+
+    like: (B, C, H, W), images of the shape, type and device wanted. For the rest see `observed`.
     """
     x = torch.full_like(like, 0.5)
-    seen, forwards, transpose = _linearise(A, x)
-    solve = _gaussian_solver(power(x), x, seen, forwards, transpose, sigma_y, steps=200, tolerance=1e-3)
-    return x + _filter(transpose(solve((y - seen).flatten(1))), power(x))
+    with torch.inference_mode(False):
+        near = _Tangent(A, x.clone())
+    solve = _gaussian_solver(near, power(x), sigma_y, steps=200, tolerance=1e-3)
+    return x + _filter(near.backwards(solve((y - near.value).flatten(1))), power(x))
 
 
-def observed(denoiser, y, A, sigma_y, power=natural_power, resolution=0.1, tolerance=0.1, iterations=8):
-    """Return a denoiser that knows y = A(x0) + sigma_y n as well: (x, sigma) -> E[x0 | x, y], for every sampler as it is.
+def observed(
+    denoiser, y, A, sigma_y, power=natural_power, resolution=0.1, tolerance=0.1, iterations=8
+):
+    """Return a denoiser that knows y = A(x0) + sigma_y n as well: (x, sigma) -> E[x0 | x, y].
 
-        E[x0 | x, y] = D + V A^T u,  (sigma_y^2 + A V A^T) u = y - A(D),  V = Cov[x0 | x] = sigma^2 dD/dx,
+        E[x0 | x, y] = D + V A^T u,  (sigma_y^2 + A V A^T) u = y - A(D),
+        V = Cov[x0 | x] = sigma^2 dD/dx
 
-    exact where x0 given x is Gaussian and A affine (Rozet et al. 2024, moment matching); another A is linearised at D. Each
-    iteration takes one network call backwards. A few do, since the equation is preconditioned by itself with G for V, the
-    covariance that a Gaussian prior of variances power(x) has given x. A network resolves dD/dx to about 0.01: below, not
-    even the sign is right. So V = F (sigma^2 dD/dx) F + (1 - F^2) G, with F^2 = r / (r + resolution) at a frequency where
-    G / sigma^2 is r: what the network cannot resolve comes from the prior. With resolution 0 all comes from the network.
+    (moment matching, Rozet et al. 2024), exact where x0 given x is Gaussian and A affine. Another A
+    is linearised at D. Every sampler takes this denoiser as it is.
+
+    The equation is solved by generalised conjugate residuals until its residual is `tolerance` of
+    y - A(D). An iteration takes one network call backwards. Two to five do, since the equation
+    is preconditioned by itself with G for V, the covariance of x0 given x under a Gaussian prior
+    N(m, power(x)). A network resolves dD/dx to about 0.01; below, not even the sign is right. So
+
+        V = F (sigma^2 dD/dx) F + (1 - F^2) G,  F^2 = r / (r + resolution),
+
+    where r is G / sigma^2 of a frequency: what the network cannot resolve comes from the prior. For
+    an exact solution of the equation give resolution 0, a small tolerance and more iterations.
 
     y        the observations, (B, ...), one for each image of x
-    A        a differentiable function of a batch, (B, C, H, W) -> (B, ...), in which images do not mix
+    A        a differentiable function, (B, C, H, W) -> (B, ...), in which images do not mix
     sigma_y  the standard deviation of its noise, in the units of y, above 0
     power    x -> variances (C, H, W), above 0, of the discrete cosines of clean images like x
-    The result carries no gradient. Raises ValueError unless sigma_y > 0; and where y asks for a change by 10 or more, or by
-    NaN: the sampling has diverged.
+    The result carries no gradient. Raises ValueError unless sigma_y > 0; and where y asks for a
+    change by 10 or more, or by NaN: the sampling has diverged.
     """
     _check(sigma_y > 0, "sigma_y must be positive (rounding to 8 bits alone is 0.3 / 255)", sigma_y)
 
@@ -498,84 +578,102 @@ def observed(denoiser, y, A, sigma_y, power=natural_power, resolution=0.1, toler
             resolved = _filter(network_covariance(_filter(v, trust.sqrt())), trust.sqrt())
             return resolved + _filter(v, (1 - trust) * gaussian)
 
-        seen, forwards, transpose = _linearise(A, denoised)
-        solve = _gaussian_solver(gaussian, x, seen, forwards, transpose, sigma_y)
+        with torch.inference_mode(False):
+            near = _Tangent(A, denoised)
+        precondition = _gaussian_solver(near, gaussian, sigma_y, steps=20, tolerance=0.1)
 
         def respond(residual):
-            u = solve(residual)
-            step = covariance(transpose(u))
-            return step, sigma_y**2 * u + forwards(step)
+            u = precondition(residual)
+            step = covariance(near.backwards(u))
+            return step, sigma_y**2 * u + near.forwards(step)
 
-        change = _conjugate_residuals(respond, (y - seen).flatten(1), iterations, tolerance)
+        change = _conjugate_residuals(respond, (y - near.value).flatten(1), iterations, tolerance)
         largest = change.abs().max().item()
-        if not largest < 10:  # nor if it is NaN
-            raise ValueError(
-                f"at noise level {sigma} the observation asks for a change by {largest:.3g}: check the "
-                "units of y and A, pixels from 0 to 1, and the first level of the sampler"
-            )
+        _check(
+            largest < 10,  # nor is NaN
+            f"at noise level {sigma} y must ask for a change below 10 (check the units of y and A, "
+            "pixels from 0 to 1, and the first level of the sampler)",
+            f"{largest:.3g}",
+        )
         return denoised + change
 
     return posterior
 
 
 def posterior_mean(denoiser, y, A, sigma_y, like, start=0.5, noise=torch.randn_like):
-    """Return E[x0 | y], y = A(x0) + sigma_y n, like `like` (B, C, H, W), in 24 network calls: the most accurate estimate.
+    """Return E[x0 | y], y = A(x0) + sigma_y n, like `like` (B, C, H, W), in 24 network calls: the
+    most accurate estimate.
 
-    An antithetic pair of samples is drawn from a classical fill with noise of level `start`, and two more around its mean.
-    A pair is worth some 30 independent samples. The other arguments are those of `observed` and `fill`.
+    An antithetic pair of samples is drawn from a classical fill with noise of level `start`, and
+    two more around its mean. A pair is worth some 30 independent samples. The other arguments are
+    those of `observed` and `fill`.
     """
     posterior = observed(denoiser, torch.cat([y, y]), A, sigma_y)
     noise = antithetic(noise)
     mean = fill(y, A, sigma_y, like)
-    for levels in (noise_levels(start, 0.04, 6), noise_levels(0.15, 0.05, 3), noise_levels(0.15, 0.05, 3)):
+    around_mean = noise_levels(0.15, 0.05, 3)
+    for levels in (noise_levels(start, 0.04, 6), around_mean, around_mean):
         both = torch.cat([mean, mean])
         pair = adams(posterior, both + levels[0] * noise(both), levels, noise=noise)
         mean = pair.view(2, *mean.shape).mean(0)
     return mean
 
 
-def _linearise(A, x):
-    """Return A(x), and with its derivative A' at x the products v -> A' v, (B, n), and u (B, n) -> A'^T u, like x."""
-    seen, pull = torch.func.vjp(A, x)
-    push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(seen))[1]  # the transpose of the transpose
-    return seen, lambda v: push(v)[0].flatten(1), lambda u: pull(u.view_as(seen))[0]
+class _Tangent:
+    """The observation A near the images x: its value there, and products with its derivative A'.
+
+    Observations are flat in these products, (B, n); images are (B, C, H, W).
+    """
+
+    def __init__(self, A, x):
+        self.x = x
+        self.value, self.transpose = torch.func.vjp(A, x)
+        zero = torch.zeros_like(self.value)
+        _, self.transpose_of_transpose = torch.func.vjp(lambda u: self.transpose(u)[0], zero)
+
+    def forwards(self, v):  # A' v
+        return self.transpose_of_transpose(v)[0].flatten(1)
+
+    def backwards(self, u):  # A'^T u
+        return self.transpose(u.view_as(self.value))[0]
 
 
-def _gaussian_solver(gain, x, seen, forwards, transpose, sigma_y, steps=20, tolerance=0.1):
-    """Return r -> (sigma_y^2 + A G A^T)^-1 r, (B, n), where G has the variances `gain` in the cosines of images."""
-    nearly = _stationary_inverse(gain, x, seen, forwards, sigma_y)
+def _gaussian_solver(near, gain, sigma_y, steps, tolerance):
+    """Return r -> (sigma_y^2 + A G A^T)^-1 r, where G has the variances `gain` in cosines."""
+    precondition = _stationary_inverse(near, gain, sigma_y)
 
     def system(u):
-        return sigma_y**2 * u + forwards(_filter(transpose(u), gain))
+        return sigma_y**2 * u + near.forwards(_filter(near.backwards(u), gain))
 
-    return lambda r: _conjugate_gradients(system, r, nearly, steps, tolerance)
+    return lambda r: _conjugate_gradients(system, r, precondition, steps, tolerance)
 
 
-def _stationary_inverse(gain, x, seen, forwards, sigma_y, probes=8):
-    """Return r -> about (sigma_y^2 + A G A^T)^-1 r: exact where the cosines of the observation are independent.
+def _stationary_inverse(near, gain, sigma_y, probes=8):
+    """Return r -> about (sigma_y^2 + A G A^T)^-1 r, exact if the cosines of y are independent.
 
-    Their variances are means over a few fixed random images like x. What is no image, (B, C, h, w), comes back as it is.
+    Their variances are means over a few fixed random images. A y that is no image, (B, C, h, w),
+    comes back as it is.
     """
-    if seen.ndim != 4:
+    if near.value.ndim != 4:
         return lambda r: r
     rng = torch.Generator().manual_seed(0)
     variance = sigma_y**2
     for _ in range(probes):
-        white = torch.randn(x.shape[1:], generator=rng, dtype=x.dtype).to(x).expand_as(x)
-        response = forwards(_filter(white, gain.sqrt())).view_as(seen)
+        white = torch.randn(near.x.shape[1:], generator=rng).to(near.x).expand_as(near.x)
+        response = near.forwards(_filter(white, gain.sqrt())).view_as(near.value)
         variance = variance + _cosines(response) ** 2 / probes
-    return lambda r: _filter(r.view_as(seen), 1 / variance).flatten(1)
+    return lambda r: _filter(r.view_as(near.value), 1 / variance).flatten(1)
 
 
 def _conjugate_residuals(respond, b, iterations, tolerance):
-    """Return the combination of steps, (B, C, H, W), whose responses add up to b, (B, n), to `tolerance` of b.
+    """Return the sum of steps, (B, C, H, W), whose responses add up to b, (B, n), or nearly.
 
-    respond(residual) -> a step and its response. The residual falls at every step, whatever the responses (GCR, Eisenstat,
-    Elman, Schultz 1983).
+    respond(residual) -> a step and its response. The residual falls at every step, whatever the
+    responses (GCR, Eisenstat, Elman, Schultz 1983). An image is done at `tolerance` of b.
     """
     solution, residual, before = torch.zeros(()).to(b), b, []
     for _ in range(iterations):
-        going = _dot(residual, residual) > tolerance**2 * _dot(b, b)
+        going = ~(_dot(residual, residual) <= tolerance**2 * _dot(b, b))  # NaN goes on
         if not going.any():
             break
         step, response = respond(residual)
@@ -593,7 +691,7 @@ def _conjugate_residuals(respond, b, iterations, tolerance):
 
 
 def _conjugate_gradients(system, b, precondition, steps, tolerance):
-    """Return u, system(u) = b (Hestenes and Stiefel 1952); an image is done when its residual is `tolerance` of b."""
+    """Return u, system(u) = b (Hestenes and Stiefel 1952), to a residual of `tolerance` of b."""
     u, residual, direction, size = torch.zeros_like(b), b, 0.0, 1.0
     for _ in range(steps):
         going = _dot(residual, residual) > tolerance**2 * _dot(b, b)
@@ -614,12 +712,12 @@ def _dot(a, b):  # of each image: (B, n), (B, n) -> (B, 1)
 
 
 def _filter(x, gain):
-    """Multiply the discrete cosines of images, over channels, rows and columns, by gain (C, H, W)."""
+    """Multiply the discrete cosines of images (B, C, H, W) by gain (C, H, W)."""
     return _cosines(gain * _cosines(x), inverse=True)
 
 
 def _cosines(x, inverse=False):
-    """Return the orthogonal discrete cosine transform of x (B, C, H, W), over channels, rows and columns, or its inverse."""
+    """Return the orthogonal cosine transform of images, over channels, rows and columns."""
     matrices = [_cosine_matrix(n, x.dtype, x.device) for n in x.shape[1:]]
     colours, rows, columns = [matrix.T if inverse else matrix for matrix in matrices]
     return torch.einsum("ij,bjhw->bihw", colours, rows @ x @ columns.T)
