@@ -1,9 +1,10 @@
 """The SDEs against their published formulas, and every sampler against closed forms, in float64.
 
-For a Gaussian prior x0 ~ N(MU, c^2), independent per pixel, the denoiser is linear, so a sampler's result is an affine
-function of y and of the noise it draws. Its exact mean is the result without noise; its exact variance is the sum of
-squares of its responses to a unit impulse in each draw. Both come from the sampler's own code, given that `noise`, and
-are free of sampling noise: what remains against the posterior is the error of discretisation, whose order is measured.
+For a Gaussian prior x0 ~ N(MU, c^2), independent per pixel, the denoiser is linear, so a sampler's
+result is an affine function of y and of the noise it draws. Its exact mean is the result without
+noise; its exact variance is the sum of squares of its responses to a unit impulse in each draw.
+Both come from the sampler's own code, given that `noise`, and are free of sampling noise: what
+remains against the posterior is the error of discretisation, whose order is measured.
 """
 
 import functools
@@ -19,8 +20,18 @@ from sde import VE, VP, SubVP, noise_levels
 
 MU, C, SIGMA = 0.4, 0.3, 0.5
 SDES = [VE(), VP(), SubVP()]
-POSTERIOR_SAMPLERS = [sde.reverse_sde, sde.ancestral, sde.adams, sde.predictor_corrector, sde.annealed_langevin]
-ODE_SOLVERS = [sde.probability_flow_ode, functools.partial(sde.ancestral, eta=0.0), functools.partial(sde.adams, eta=0.0)]
+POSTERIOR_SAMPLERS = [
+    sde.reverse_sde,
+    sde.ancestral,
+    sde.adams,
+    sde.predictor_corrector,
+    sde.annealed_langevin,
+]
+ODE_SOLVERS = [
+    sde.probability_flow_ode,
+    functools.partial(sde.ancestral, eta=0.0),
+    functools.partial(sde.adams, eta=0.0),
+]
 EVERY_SAMPLER = [*POSTERIOR_SAMPLERS, *ODE_SOLVERS]
 
 
@@ -34,7 +45,7 @@ def posterior(y, c=C):
 
 
 class Impulses:
-    """Noise that is zero in the first image, and in image k + 1 zero but for a one in the k-th draw."""
+    """Noise that is zero in image 0, and one in image k + 1 in the k-th draw alone."""
 
     def __init__(self):
         self.draws = 0
@@ -47,8 +58,9 @@ class Impulses:
 
 
 def exact_mean_and_std(sampler, y, levels, denoiser=None):
-    """Return what sampler(denoiser, y, levels, noise=...) gives on average, and its standard deviation."""
-    noise, images = Impulses(), torch.full((4 * len(levels) + 2000, 1, 1, 1), y, dtype=torch.float64)
+    """Return the mean and standard deviation of what sampler(denoiser, y, levels, ...) gives."""
+    noise = Impulses()
+    images = torch.full((4 * len(levels) + 2000, 1, 1, 1), y, dtype=torch.float64)
     result = sampler(denoiser or gaussian(), images, levels, noise=noise)
     return result[0].item(), (result[1 : 1 + noise.draws] - result[0]).norm().item()
 
@@ -60,6 +72,25 @@ def order_of(errors):
 
 def one(y):
     return torch.full((1, 1, 1, 1), y, dtype=torch.float64)
+
+
+def end_of_flow(y):
+    """Return where dx/dsigma = sigma (x - MU) / (C^2 + sigma^2) carries y from SIGMA to 0."""
+    return MU + (y - MU) * C / math.sqrt(C**2 + SIGMA**2)
+
+
+def seeded(seed):
+    rng = torch.Generator().manual_seed(seed)
+    return lambda x: torch.randn(x.shape, dtype=x.dtype, generator=rng)
+
+
+def recipe(steps, step_size, temperature=None):
+    """Return sde.langevin, called as the other samplers are."""
+
+    def sampler(denoiser, y, levels, noise):
+        return sde.langevin(denoiser, y, levels[0], steps, step_size, temperature, noise)
+
+    return sampler
 
 
 # -----------------------------------------------------------------------------
@@ -74,25 +105,30 @@ def test_time_is_the_inverse_of_sigma(process):
 
 
 def test_ve_has_the_published_coefficients():
-    # Song et al. 2021, app. C: g = sigma_min (sigma_max / sigma_min)^t sqrt(2 log(sigma_max / sigma_min)).
+    # Song et al. 2021, app. C: g = a (b / a)^t sqrt(2 log(b / a)), a = sigma_min, b = sigma_max.
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    assert torch.equal(VE().drift(t), torch.zeros_like(t)) and torch.equal(VE().alpha(t), torch.ones_like(t))
-    torch.testing.assert_close(VE(0.01, 50).diffusion(t), 0.01 * 5000**t * math.sqrt(2 * math.log(5000)))
+    assert torch.equal(VE().drift(t), torch.zeros_like(t))
+    assert torch.equal(VE().alpha(t), torch.ones_like(t))
+    g = 0.01 * 5000**t * math.sqrt(2 * math.log(5000))
+    torch.testing.assert_close(VE(0.01, 50).diffusion(t), g)
 
 
 def test_vp_has_the_published_coefficients():
-    # Song et al. 2021, app. C: f = -beta / 2, g = sqrt(beta), and signal and noise variances add up to one.
+    # Song et al. 2021, app. C: f = -beta / 2, g = sqrt(beta); signal and noise variances sum to one.
     t = torch.linspace(0.01, 1, 5, dtype=torch.float64)
     beta, process = 0.1 + 19.9 * t, VP(0.1, 20)
     torch.testing.assert_close(process.drift(t), -beta / 2)
     torch.testing.assert_close(process.diffusion(t), beta.sqrt())
-    torch.testing.assert_close(process.alpha(t) ** 2 * (1 + process.sigma(t) ** 2), torch.ones_like(t))
+    variance = process.alpha(t) ** 2 * (1 + process.sigma(t) ** 2)
+    torch.testing.assert_close(variance, torch.ones_like(t))
 
 
 def test_sub_vp_has_the_published_coefficients():
-    # Song et al. 2021, app. C: f = -beta / 2, g^2 = beta (1 - e^(-2 B)) and noise of standard deviation 1 - e^(-B), B = int beta.
+    # Song et al. 2021, app. C: f = -beta / 2, g^2 = beta (1 - e^(-2 B)), and noise of standard
+    # deviation 1 - e^(-B), with B the integral of beta.
     t = torch.linspace(0.01, 1, 5, dtype=torch.float64)
-    beta, decay, process = 0.1 + 19.9 * t, torch.exp(-(0.1 * t + 9.95 * t**2)), SubVP(0.1, 20)
+    process = SubVP(0.1, 20)
+    beta, decay = 0.1 + 19.9 * t, torch.exp(-(0.1 * t + 9.95 * t**2))
     torch.testing.assert_close(process.drift(t), -beta / 2)
     torch.testing.assert_close(process.diffusion(t) ** 2, beta * (1 - decay**2))
     torch.testing.assert_close(process.alpha(t) * process.sigma(t), 1 - decay)
@@ -105,7 +141,8 @@ def test_the_score_of_a_gaussian_is_exact(process):
     x_t = torch.linspace(-2, 2, 100, dtype=torch.float64)
     score = -(x_t - alpha * MU) / (alpha**2 * (C**2 + sigma**2))
     torch.testing.assert_close(process.score(gaussian(), x_t, t), score)
-    torch.testing.assert_close(process.flow(gaussian(), x_t, t), process.drift(t) * x_t - process.diffusion(t) ** 2 / 2 * score)
+    flow = process.drift(t) * x_t - process.diffusion(t) ** 2 / 2 * score
+    torch.testing.assert_close(process.flow(gaussian(), x_t, t), flow)
 
 
 # -----------------------------------------------------------------------------
@@ -119,14 +156,22 @@ def test_noise_levels_fall_evenly_in_the_chosen_power():
     even = torch.full((8,), (0.01 ** (1 / 3) - 0.5 ** (1 / 3)) / 8, dtype=torch.float64)
     torch.testing.assert_close((levels ** (1 / 3)).diff(), even)
     geometric = noise_levels(0.5, 0.01, 9, rho=math.inf)
-    torch.testing.assert_close(geometric.log().diff(), torch.full((8,), math.log(0.02) / 8, dtype=torch.float64))
-    assert noise_levels(0.5, 0.01, 1).tolist() == [0.5] and noise_levels(0.005, 0.01, 9).tolist() == [0.005]
+    even = torch.full((8,), math.log(0.02) / 8, dtype=torch.float64)
+    torch.testing.assert_close(geometric.log().diff(), even)
+    assert noise_levels(0.5, 0.01, 1).tolist() == [0.5]
+    assert noise_levels(0.005, 0.01, 9).tolist() == [0.005]
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"sigma": 0.0}, {"sigma": 1e-320}, {"sigma_min": 1e-320}, {"sigma": math.nan}, {"sigma": math.inf}]
-    + [{"steps": 0}, {"rho": 1e-4}, {"rho": 1e17}],
+    [
+        {"sigma": 0.0},
+        {"sigma": 1e-320},
+        {"sigma_min": 1e-320},
+        {"sigma": math.nan},
+        {"sigma": math.inf},
+    ]
+    + [{"steps": 0}, {"steps": 2.5}, {"rho": 0.0}, {"rho": 1e-4}, {"rho": 1e17}],
 )
 def test_levels_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=re.escape(str(next(iter(wrong.values()))))):
@@ -134,46 +179,29 @@ def test_levels_that_cannot_be_are_refused(wrong):
 
 
 @pytest.mark.parametrize("sampler", EVERY_SAMPLER)
-@pytest.mark.parametrize("levels", [[], [0.1, 0.5], [0.5, 0.5], [0.5, 0.0], [math.nan, 0.1], [math.inf, 0.1]])
+@pytest.mark.parametrize(
+    "levels",
+    [[], [0.1, 0.5], [0.5, 0.5], [0.5, 0.0], [0.5, -0.1], [math.nan, 0.1], [math.inf, 0.1]],
+)
 def test_samplers_refuse_levels_that_do_not_fall(sampler, levels):
     with pytest.raises(ValueError, match="falling"):
         sampler(gaussian(), torch.rand(1, 3, 4, 4), levels)
 
 
-def test_a_part_has_the_noise_of_the_whole():
-    x, size = torch.zeros(2, 3, 90, 70), (90, 70)
-    whole, part = (utils.seeded_noise([5, 6], size=size, place=place, block=32) for place in ((0, 0), (20, 40)))
-    for _ in range(2):
-        assert torch.equal(part(x[:, :, 20:75, 40:70]), whole(x)[:, :, 20:75, 40:70])
-
-
-def test_noise_in_blocks_is_unit_gaussian_and_independent():
-    noise = utils.seeded_noise([5, 6], block=16)
-    draws = torch.stack([noise(torch.zeros(2, 3, 128, 128)) for _ in range(2)])  # (call, image, channel, row, column)
-    blocks = draws.unfold(3, 16, 16).unfold(4, 16, 16).permute(0, 1, 3, 4, 2, 5, 6).reshape(256, 768).double()
-    n = blocks.numel()
-    for power, moment, error in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):  # variances of the powers of a Gaussian
-        assert abs((blocks**power).mean() - moment) < 4 * math.sqrt(error / n)
-    correlations = (blocks @ blocks.T / 768)[torch.ones(256, 256).triu(1) > 0]
-    assert correlations.abs().max() < 5.5 / math.sqrt(768)  # of 32,640
-
-
-def test_a_block_has_one_stream_of_noise():
-    x, rng = torch.zeros(1, 3, 512, 40), torch.Generator().manual_seed(7)
-    noise = utils.seeded_noise([7])
-    assert all(torch.equal(noise(x)[0], torch.randn(3, 512, 40, generator=rng)) for _ in range(2))
-
-
 @pytest.mark.parametrize("sampler", POSTERIOR_SAMPLERS)
 def test_one_seed_an_image_frees_it_of_its_batch(sampler):
-    y, levels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), noise_levels(SIGMA, 0.01, 5)
-    draw = lambda y, seeds: sampler(gaussian(), y, levels, noise=utils.seeded_noise(seeds))  # noqa: E731
-    together = draw(y, [7, 8, 9])
-    assert torch.equal(draw(y[1:2], [8]), together[1:2])
-    assert torch.equal(draw(y.flip(0), [9, 8, 7]), together.flip(0))
-    assert not torch.equal(draw(y, [1, 2, 3]), together)
+    y = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    levels = noise_levels(SIGMA, 0.01, 5)
+
+    def sample(y, seeds):
+        return sampler(gaussian(), y, levels, noise=utils.seeded_noise(seeds))
+
+    together = sample(y, [7, 8, 9])
+    assert torch.equal(sample(y[1:2], [8]), together[1:2])
+    assert torch.equal(sample(y.flip(0), [9, 8, 7]), together.flip(0))
+    assert not torch.equal(sample(y, [1, 2, 3]), together)
     with pytest.raises(ValueError, match="2 seeds for 3 images"):
-        draw(y, [1, 2])
+        sample(y, [1, 2])
 
 
 # -----------------------------------------------------------------------------
@@ -200,21 +228,22 @@ def test_reverse_sde_converges_with_order_one(process):
     assert abs(order_of(mean_errors) - 1) < 0.1 and abs(order_of(std_errors) - 1) < 0.1
 
 
-def test_draws_have_the_law_that_their_impulses_predict():
+def test_samples_have_the_law_that_their_impulses_predict():
     levels = noise_levels(SIGMA, 0.01, 20)
     mean, std = exact_mean_and_std(sde.reverse_sde, 1.3, levels)
-    y, rng = torch.full((10, 1, 50, 50), 1.3, dtype=torch.float64), torch.Generator().manual_seed(0)
-    draws = sde.reverse_sde(gaussian(), y, levels, noise=lambda x: torch.randn(x.shape, dtype=x.dtype, generator=rng))
-    assert abs(draws.mean().item() - mean) < 4 * std / math.sqrt(draws.numel())
-    assert abs(draws.var().item() / std**2 - 1) < 4 * math.sqrt(2 / draws.numel())
+    y = torch.full((10, 1, 50, 50), 1.3, dtype=torch.float64)
+    samples = sde.reverse_sde(gaussian(), y, levels, noise=seeded(0))
+    assert abs(samples.mean().item() - mean) < 4 * std / math.sqrt(samples.numel())
+    assert abs(samples.var().item() / std**2 - 1) < 4 * math.sqrt(2 / samples.numel())
 
 
 @pytest.mark.parametrize("process", SDES, ids=lambda s: type(s).__name__)
 def test_probability_flow_converges_with_order_two(process):
-    # dx/dsigma = sigma (x - MU) / (C^2 + sigma^2) carries y to MU + (y - MU) C / sqrt(C^2 + SIGMA^2) at sigma = 0.
-    exact = MU + (1.3 - MU) * C / math.sqrt(C**2 + SIGMA**2)
-    run = lambda steps: sde.probability_flow_ode(gaussian(), one(1.3), noise_levels(SIGMA, 1e-4, steps), process).item()  # noqa: E731
-    errors = [abs(run(steps) - exact) for steps in (20, 40, 80, 160)]
+    errors = []
+    for steps in (20, 40, 80, 160):
+        levels = noise_levels(SIGMA, 1e-4, steps)
+        found = sde.probability_flow_ode(gaussian(), one(1.3), levels, process).item()
+        errors.append(abs(found - end_of_flow(1.3)))
     assert errors[-1] < 1e-4
     assert abs(order_of(errors) - 2) < 0.1
 
@@ -229,22 +258,24 @@ def test_posterior_samplers_converge_with_their_order(sampler, order, rho):
     mean, std = posterior(1.3)
     errors = []
     for steps in (20, 40, 80):
-        small = {"delta": 4 / steps} if sampler is sde.predictor_corrector else {}  # its corrector is exact for small delta
-        m, s = exact_mean_and_std(functools.partial(sampler, **small), 1.3, noise_levels(SIGMA, 1e-3, steps, rho))
+        run = sampler
+        if sampler is sde.predictor_corrector:  # its corrector is exact for small delta
+            run = functools.partial(sampler, delta=4 / steps)
+        m, s = exact_mean_and_std(run, 1.3, noise_levels(SIGMA, 1e-3, steps, rho))
         errors.append(math.hypot(m - mean, s - std))
     assert errors[-1] < 0.2 * std
     assert order_of(errors) > order - 0.15
 
 
 def test_adams_is_of_second_order_on_uneven_levels():
-    # Steps of h and 2 h in turn: an extrapolation that takes one step for the other is of first order here.
+    # Steps of h and 2 h in turn: taking one step for the other is of first order here.
     mean, std = posterior(1.3)
     errors = []
     for pairs in (10, 20, 40):
-        weights = torch.tensor([1.0, 2.0], dtype=torch.float64).repeat(pairs).cumsum(0) / (3 * pairs)
-        levels = SIGMA * (1e-2 / SIGMA) ** torch.cat([torch.zeros(1), weights])
+        steps = torch.tensor([0.0] + [1.0, 2.0] * pairs, dtype=torch.float64)
+        levels = SIGMA * (1e-2 / SIGMA) ** (steps.cumsum(0) / (3 * pairs))
         m, s = exact_mean_and_std(sde.adams, 1.3, levels)
-        left = C**2 * 1e-4 / (C**2 + 1e-4)  # the last step takes away what is uncertain at the last level
+        left = C**2 * 1e-4 / (C**2 + 1e-4)  # what the last step takes away
         errors.append(math.hypot(m - mean, s - math.sqrt(std**2 - left)))
     assert order_of(errors) > 1.8
 
@@ -260,43 +291,56 @@ def test_adams_with_40_calls_beats_first_order_400():
 
 @pytest.mark.parametrize("sampler, order", [(sde.ancestral, 1), (sde.adams, 2)])
 def test_without_noise_they_solve_the_probability_flow(sampler, order):
-    exact = MU + (1.3 - MU) * C / math.sqrt(C**2 + SIGMA**2)
-    run = lambda steps: sampler(gaussian(), one(1.3), noise_levels(SIGMA, 1e-5, steps), eta=0.0).item()  # noqa: E731
-    errors = [abs(run(steps) - exact) for steps in (160, 320, 640)]
+    errors = []
+    for steps in (160, 320, 640):
+        levels = noise_levels(SIGMA, 1e-5, steps)
+        found = sampler(gaussian(), one(1.3), levels, eta=0.0).item()
+        errors.append(abs(found - end_of_flow(1.3)))
     assert abs(order_of(errors) - order) < 0.3 and errors[-1] < 0.01
 
 
 @pytest.mark.parametrize("sampler", [sde.ancestral, sde.adams])
 def test_any_eta_keeps_the_marginal_law(sampler):
-    # y ~ N(MU, C^2 + SIGMA^2) ends as N(MU, C^2): response to y and own noise together carry the prior's variance.
+    # y ~ N(MU, C^2 + SIGMA^2) ends as N(MU, C^2): the response to y and the sampler's own noise
+    # carry the prior's variance together.
     levels = noise_levels(SIGMA, 1e-4, 2000)
     for eta in (0.3, 0.7):
         run = functools.partial(sampler, eta=eta)
         mean, std = exact_mean_and_std(run, MU, levels)
         response = exact_mean_and_std(run, MU + 1, levels)[0] - mean
         assert abs((response**2 * (C**2 + SIGMA**2) + std**2) / C**2 - 1) < 0.01
-        assert response > 1.05 * C**2 / (C**2 + SIGMA**2)  # more than in the posterior: no draw from p(x0 | y)
+        assert response > 1.05 * C**2 / (C**2 + SIGMA**2)  # more than in p(x0 | y)
 
 
 def test_only_a_corrector_that_observes_keeps_the_observation():
     mean, std = posterior(1.3)
-    means = {}
-    for observe in (True, False):
-        for corrections in (1, 8):
-            sampler = functools.partial(sde.predictor_corrector, corrections=corrections, observe=observe)
-            means[observe, corrections], _ = exact_mean_and_std(sampler, 1.3, noise_levels(SIGMA, 1e-3, 40))
-    assert abs(means[True, 1] - mean) < 1e-6 * std and abs(means[True, 8] - mean) < 1e-6 * std
-    assert MU < means[False, 8] < means[False, 1] < mean and means[False, 8] - MU < 0.5 * (mean - MU)
+    levels = noise_levels(SIGMA, 1e-3, 40)
+    observing, forgetting = (
+        [
+            exact_mean_and_std(
+                functools.partial(sde.predictor_corrector, corrections=n, observe=observe),
+                1.3,
+                levels,
+            )[0]
+            for n in (1, 8)
+        ]
+        for observe in (True, False)
+    )
+    assert max(abs(m - mean) for m in observing) < 1e-6 * std
+    assert MU < forgetting[1] < forgetting[0] < mean
+    assert forgetting[1] - MU < 0.5 * (mean - MU)
 
 
 def test_the_pull_of_y_in_the_sde_counts_twice():
-    # score + (y - x) / (SIGMA^2 - t^2) put into Euler-Maruyama, as in published code, pulls too far and scatters too little.
+    # score + (y - x) / (SIGMA^2 - t^2) in Euler-Maruyama, as in published code.
     mean, std = posterior(1.3)
 
     def pulled(denoiser, y, levels, noise):
         x = y
         for t, s in sde.falling(levels):
-            score = (denoiser(x, t) - x) / t**2 + ((y - x) / (SIGMA**2 - t**2) if t < SIGMA else 0)
+            score = (denoiser(x, t) - x) / t**2
+            if t < SIGMA:
+                score = score + (y - x) / (SIGMA**2 - t**2)
             x = x + (t**2 - s**2) * score + math.sqrt(t**2 - s**2) * noise(x)
         return denoiser(x, s)
 
@@ -305,8 +349,8 @@ def test_the_pull_of_y_in_the_sde_counts_twice():
 
 
 @pytest.mark.parametrize("stop", [0.3, 0.1, 0.03])
-def test_an_sde_stopped_early_is_between_mean_and_draw(stop):
-    # D(x_s, s) is E[x0 | x_s]: its variance given y is what x_s knows of x0 beyond y, Var[x0 | y] - Var[x0 | x_s].
+def test_an_sde_stopped_early_is_between_mean_and_sample(stop):
+    # D(x_s, s) is E[x0 | x_s]: its variance given y is Var[x0 | y] - Var[x0 | x_s].
     mean, std = posterior(1.3)
     m, s = exact_mean_and_std(sde.adams, 1.3, noise_levels(SIGMA, stop, 100))
     assert abs(m - mean) < 1e-6 * std
@@ -314,8 +358,8 @@ def test_an_sde_stopped_early_is_between_mean_and_draw(stop):
 
 
 @pytest.mark.parametrize("sampler", POSTERIOR_SAMPLERS)
-def test_draws_fall_into_a_mixtures_modes_by_weight(sampler):
-    # x0 is a or b with scatter C: the weights of the posterior given y are known, and 4 standard errors are allowed.
+def test_samples_fall_into_a_mixtures_modes_by_weight(sampler):
+    # x0 is near one of two modes. The weights of the posterior are known; 4 standard errors.
     modes, scatter, y, n = torch.tensor([0.2, 0.8], dtype=torch.float64), 0.05, 0.45, 4000
 
     def denoiser(x, sigma):
@@ -324,14 +368,13 @@ def test_draws_fall_into_a_mixtures_modes_by_weight(sampler):
         return (weights * (modes + scatter**2 / v * (x[..., None] - modes))).sum(-1)
 
     exact = torch.softmax(-((y - modes) ** 2) / (2 * (scatter**2 + SIGMA**2)), dim=0)[1].item()
-    rng = torch.Generator().manual_seed(0)
-    noise = lambda x: torch.randn(x.shape, dtype=x.dtype, generator=rng)  # noqa: E731
-    steps = {sde.adams: 50, sde.predictor_corrector: 100, sde.annealed_langevin: 100}.get(sampler, 200)
-    draws = sampler(denoiser, torch.full((n, 1, 1, 1), y, dtype=torch.float64), noise_levels(SIGMA, 0.01, steps), noise=noise)
-    share = (draws > 0.5).double().mean().item()
+    levels = noise_levels(SIGMA, 0.01, 50 if sampler is sde.adams else 200)
+    many = torch.full((n, 1, 1, 1), y, dtype=torch.float64)
+    samples = sampler(denoiser, many, levels, noise=seeded(0))
+    share = (samples > 0.5).double().mean().item()
     assert abs(share - exact) < 4 * math.sqrt(exact * (1 - exact) / n)
     for mode in modes:
-        near = draws[(draws - mode).abs() < 0.3]
+        near = samples[(samples - mode).abs() < 0.3]
         conditional = mode + scatter**2 / (scatter**2 + SIGMA**2) * (y - mode)
         std = scatter * SIGMA / math.sqrt(scatter**2 + SIGMA**2)
         assert abs(near.mean().item() - conditional.item()) < 0.1 * std  # 4 standard errors
@@ -341,21 +384,25 @@ def test_draws_fall_into_a_mixtures_modes_by_weight(sampler):
 @pytest.mark.parametrize("delta", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("c", [1e-4, C, 10.0])
 def test_annealed_langevin_at_one_level_has_the_exact_law(c, delta):
-    # On levels that all but stand still the state must have the law of p(x_s | y), for any prior and any delta.
+    # On levels that all but stand still the state must have the law of p(x_s | y).
     s, (mean, std) = 0.2, posterior(1.3, c)
     variance = std**2 - c**2 * s**2 / (c**2 + s**2)  # of E[x0 | x_s] given y
     levels = [SIGMA, *(s * (1 + 1e-9) ** -k for k in range(1000))]
-    m, found = exact_mean_and_std(functools.partial(sde.annealed_langevin, delta=delta), 1.3, levels, gaussian(c))
+    sampler = functools.partial(sde.annealed_langevin, delta=delta)
+    m, found = exact_mean_and_std(sampler, 1.3, levels, gaussian(c))
     assert abs(m - mean) < 1e-4 * math.sqrt(variance) and abs(found**2 / variance - 1) < 1e-4
 
 
 @pytest.mark.parametrize("delta", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("observe", [True, False])
 def test_corrections_keep_the_variance_around_a_known_image(delta, observe):
-    # With x0 all but known, x_s has the variance s^2, and given y s^2 (1 - s^2 / SIGMA^2); the denoiser passes on a little of it.
+    # With x0 all but known, x_s has the variance s^2, and s^2 (1 - s^2 / SIGMA^2) given y. The
+    # denoiser passes on a little of it.
     c, s = 1e-4, 0.2
     variance = s**2 * (1 - (s / SIGMA) ** 2 if observe else 1)
-    sampler = functools.partial(sde.predictor_corrector, corrections=200, delta=delta, observe=observe)
+    sampler = functools.partial(
+        sde.predictor_corrector, corrections=200, delta=delta, observe=observe
+    )
     _, found = exact_mean_and_std(sampler, 1.3, [SIGMA, s], gaussian(c))
     assert abs((found * (1 + s**2 / c**2)) ** 2 / variance - 1) < 1e-5
 
@@ -379,25 +426,67 @@ def test_a_langevin_step_that_diverges_is_refused(sampler, delta):
         sampler(gaussian(), torch.rand(1, 3, 4, 4), [SIGMA, 0.1], delta=delta)
 
 
-def test_an_eta_beyond_zero_to_one_is_refused():
-    with pytest.raises(ValueError, match="1.5"):
-        sde.ancestral(gaussian(), torch.rand(1, 3, 4, 4), [SIGMA, 0.1], eta=1.5)
+@pytest.mark.parametrize("sampler", [sde.ancestral, sde.adams])
+@pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan])
+def test_an_eta_beyond_zero_to_one_is_refused(sampler, eta):
+    with pytest.raises(ValueError, match=f"eta .* not {eta}"):
+        sampler(gaussian(), torch.rand(1, 3, 4, 4), [SIGMA, 0.1], eta=eta)
 
 
 @pytest.mark.parametrize("sampler", ODE_SOLVERS)
 def test_flows_do_not_depend_on_the_noise(sampler):
     y = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    first, second = (sampler(gaussian(), y, [SIGMA, 0.2, 0.1], noise=utils.seeded_noise([seed, 3])) for seed in (1, 2))
-    assert torch.equal(first, second)
+    results = [
+        sampler(gaussian(), y, [SIGMA, 0.2, 0.1], noise=utils.seeded_noise([seed, 3]))
+        for seed in (1, 2)
+    ]
+    assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("sampler, calls", [(s, 6) for s in POSTERIOR_SAMPLERS] + [(sde.probability_flow_ode, 11)])
-def test_the_network_is_asked_as_often_as_said(sampler, calls):
+@pytest.mark.parametrize("sampler", [*POSTERIOR_SAMPLERS, sde.probability_flow_ode])
+def test_the_network_is_called_as_often_as_said(sampler):
     asked = []
+
+    def denoiser(x, s):
+        asked.append(round(float(s), 9))
+        return gaussian()(x, s)
+
     levels = noise_levels(SIGMA, 0.01, 6)
-    sampler(lambda x, s: asked.append(float(s)) or gaussian()(x, s), torch.rand(2, 3, 4, 4), levels)
-    assert len(asked) == (11 if sampler is sde.predictor_corrector else calls)
-    assert sorted({round(s, 9) for s in asked}) == sorted({round(s, 9) for s in levels.tolist()})
+    sampler(denoiser, torch.rand(2, 3, 4, 4), levels)
+    twice_a_step = sampler in (sde.predictor_corrector, sde.probability_flow_ode)
+    assert len(asked) == (11 if twice_a_step else 6)
+    assert set(asked) == {round(s, 9) for s in levels.tolist()}
+
+
+# -----------------------------------------------------------------------------
+# Antithetic pairs
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [*POSTERIOR_SAMPLERS, recipe(20, 0.01)])
+def test_the_mean_of_an_antithetic_pair_is_free_of_the_noise(sampler):
+    # All these updates are linear for a Gaussian prior, so it is the sampler's own mean.
+    y = torch.rand(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    levels = noise_levels(SIGMA, 0.01, 5)
+    pairs = sampler(gaussian(), torch.cat([y, y]), levels, noise=sde.antithetic(seeded(1)))
+    silent = sampler(gaussian(), y, levels, noise=torch.zeros_like)
+    torch.testing.assert_close((pairs[:3] + pairs[3:]) / 2, silent)
+    assert (pairs[:3] - pairs[3:]).abs().mean() > 0.1
+
+
+def test_the_mean_of_an_antithetic_pair_is_the_posterior_mean():
+    # Adams' mean is exact for a Gaussian prior, on however few levels.
+    y = torch.rand(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pairs = sde.adams(gaussian(), torch.cat([y, y]), [SIGMA, 0.1], noise=sde.antithetic(seeded(1)))
+    torch.testing.assert_close((pairs[:3] + pairs[3:]) / 2, posterior(y)[0])
+
+
+def test_antithetic_noise_is_unit_gaussian_and_needs_two_halves():
+    z = sde.antithetic(seeded(0))(torch.zeros(20, 3, 50, 50))
+    assert torch.equal(z[:10], -z[10:])
+    assert abs(z.var().item() - 1) < 4 * math.sqrt(2 / z[:10].numel())
+    with pytest.raises(ValueError, match="not 3"):
+        sde.antithetic(seeded(0))(torch.zeros(3, 1, 2, 2))
 
 
 # -----------------------------------------------------------------------------
@@ -406,7 +495,7 @@ def test_the_network_is_asked_as_often_as_said(sampler, calls):
 
 
 def published_ddpm(denoiser, y, levels, noise):
-    """Ho et al. 2020, algorithm 2, on alpha_bar = 1 / (1 + sigma^2), with their beta-tilde: x of unit variance."""
+    """Ho et al. 2020, algorithm 2, with alpha_bar = 1 / (1 + sigma^2) and their beta-tilde."""
     bar = [1 / (1 + s**2) for s in levels]
     x = math.sqrt(bar[0]) * y
     for a, b, s in zip(bar, bar[1:], levels):
@@ -426,7 +515,7 @@ def published_ddim(denoiser, y, levels, noise):
 
 
 def published_edm(denoiser, y, levels, noise):
-    """Karras et al. 2022, algorithm 1: Heun's method in sigma; sigma is the time of this solver, so the SDE below has it too."""
+    """Karras et al. 2022, algorithm 1: Heun's method; sigma is the time, as in the SDE below."""
     x = y
     for t, s in zip(levels, levels[1:]):
         d = (x - denoiser(x, t)) / t
@@ -450,9 +539,15 @@ def sigma_is_time():  # the process of Karras et al. 2022: x_t = x0 + t n
 )
 def test_samplers_equal_the_published_ones(ours, published):
     y = torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    denoiser = lambda x, s: gaussian()(x, s) + 0.05 * torch.sin(5 * x) * s  # noqa: E731
     levels = noise_levels(SIGMA, 0.01, 8).tolist()
-    results = [sampler(denoiser, y, levels, noise=utils.seeded_noise([1, 2])) for sampler in (ours, published)]
+
+    def denoiser(x, s):
+        return gaussian()(x, s) + 0.05 * torch.sin(5 * x) * s
+
+    results = [
+        sampler(denoiser, y, levels, noise=utils.seeded_noise([1, 2]))
+        for sampler in (ours, published)
+    ]
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
@@ -461,13 +556,8 @@ def test_samplers_equal_the_published_ones(ours, published):
 # -----------------------------------------------------------------------------
 
 
-def recipe(steps, step_size, temperature=None):
-    """sde.langevin, called as the other samplers are."""
-    return lambda denoiser, y, levels, noise: sde.langevin(denoiser, y, levels[0], steps, step_size, temperature, noise)
-
-
 def test_langevin_follows_its_recursion_and_forgets_the_observation():
-    # x - MU shrinks by a = 1 - step_size / (C^2 + SIGMA^2) an update; the noise adds up as a geometric sum.
+    # x - MU shrinks by a = 1 - step_size / (C^2 + SIGMA^2) an update; the noise is a geometric sum.
     step_size, steps = 0.02, 300
     a, v = 1 - step_size / (C**2 + SIGMA**2), 2 * step_size * SIGMA**2
     mean, std = exact_mean_and_std(recipe(steps, step_size), 1.3, [SIGMA])
@@ -485,7 +575,10 @@ def test_langevin_at_temperature_one_samples_p_sigma():
     assert errors[-1] < 0.02 * (C**2 + SIGMA**2) and abs(order_of(errors) - 1) < 0.1
 
 
-@pytest.mark.parametrize("wrong", [{"sigma": 0.0}, {"step_size": -1.0}, {"steps": 0}, {"step_size": math.nan}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"sigma": 0.0}, {"step_size": -1.0}, {"steps": 0}, {"steps": 2.5}, {"step_size": math.nan}],
+)
 def test_langevin_refuses_numbers_that_are_not_positive(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         sde.langevin(gaussian(), torch.rand(1, 3, 4, 4), **{"sigma": SIGMA, "steps": 2} | wrong)
