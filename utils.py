@@ -266,15 +266,18 @@ def _find_files(sources, notify, output, skip):  # -> [(name, path)]; both "samp
         notify(f"{others.total()} other files are not read: {kinds}")
     files = [(name, path) for name, path in files if Path(path).resolve() not in skip]
     if output:
-        _check_results(files, output)
+        _check_results([Path(source).stem for source in sources], files, output)
     return files
 
 
-def _check_results(files, output):
-    """Raise ValueError if a result, NAME_kind in the output folder, could overwrite an input."""
+def _check_results(names, files, output):
+    """Raise ValueError if a result, NAME_kind in the output folder, could overwrite an input.
+
+    names: those of results of all files together.
+    """
     inside = [Path(path).resolve() for _, path in files]
     inside = [path for path in inside if output in path.parents]
-    for name, _ in files:
+    for name in [*names, *(name for name, _ in files)]:
         result = (output / name).resolve()
         for path in inside:
             if path.parent == result.parent and path.name.startswith(result.name + "_"):
@@ -309,8 +312,14 @@ def _read_file(path, name, black, white, notify):
     try:
         if not path.is_file():
             raise ValueError("not a regular file")  # to open a pipe would wait for ever
+        if str(path).encode(errors="replace").decode() != str(path):
+            raise ValueError("its name is not UTF-8; rename it")
         npy = path.suffix.lower() == ".npy"
-        values, spec, shape = _read_npy(path) if npy else _read_oiio(path, notify)
+        animation = _read_animation(path)
+        if animation is not None:
+            values, spec, shape = animation, None, ()
+        else:
+            values, spec, shape = _read_npy(path) if npy else _read_oiio(path, notify)
         dtype, channels, alpha = values.dtype, values.shape[3], None
         if dtype.kind not in "uif" or channels not in (1, 2, 3, 4) or 0 in values.shape:
             raise ValueError(f"{dtype} values in {channels} channels; save it as grey or RGB")
@@ -319,7 +328,7 @@ def _read_file(path, name, black, white, notify):
         black = 0 if black is None else black
         if white is None:
             white = 1 if dtype.kind == "f" else np.iinfo(dtype).max
-        if not white > black:
+        if not black < white < math.inf:
             raise ValueError(f"--white {white:g} must be above --black {black:g}")
         pixels = _pixels(values, black, white)
     except Exception as error:  # whatever damaged pixels or headers can raise
@@ -340,6 +349,19 @@ def _read_npy(path):  # -> (N, H, W, C), nothing, shape of the array
         ways = "channels last: (H, W), (H, W, 3), or (N, H, W, 3) for a stack"
         raise ValueError(f"an array of shape {array.shape}; expected {ways}")
     return np.asarray(frames, array.dtype.newbyteorder("=")), None, array.shape
+
+
+def _read_animation(path):  # -> (N, H, W, 4), or None where there are no several frames
+    """Read the frames of a GIF, WebP or PNG, of which OpenImageIO reads the changes or the first."""
+    from PIL import Image as PIL
+    from PIL import ImageSequence
+
+    if path.suffix.lower() not in (".gif", ".png", ".webp"):
+        return None
+    with PIL.open(path) as file:
+        if getattr(file, "n_frames", 1) == 1:
+            return None
+        return np.stack([frame.convert("RGBA") for frame in ImageSequence.Iterator(file)])
 
 
 def _read_oiio(path, notify):  # -> (N, H, W, C), its description, nothing
@@ -381,7 +403,8 @@ def _read_oiio(path, notify):  # -> (N, H, W, C), its description, nothing
 
 
 def _pixels(values, black, white):
-    pixels = (values.astype(np.float32) - np.float32(black)) / np.float32(white - black)
+    with np.errstate(over="ignore", invalid="ignore"):
+        pixels = (values.astype(np.float32) - np.float32(black)) / np.float32(white - black)
     if not np.isfinite(pixels).all():
         raise ValueError("values that are not numbers")
     grey = (pixels[..., 1:] == pixels[..., :1]).all()
@@ -418,6 +441,7 @@ def _write_oiio(path, image, values):
     import OpenImageIO as oiio
 
     spec = oiio.ImageSpec(*values.shape[2:0:-1], values.shape[3], str(values.dtype))
+    spec.attribute("oiio:UnassociatedAlpha", 1)
     if image.spec:
         spec = image.spec.copy()
     spec.width, spec.height = spec.full_width, spec.full_height = values.shape[2], values.shape[1]
@@ -544,7 +568,8 @@ def tiled(denoiser, pixels=2**18, halo=64, update=None):
             one = functools.partial(checkpoint, denoiser, use_reentrant=False)
         out = torch.empty_like(x)
         for some, (rows, seen_rows), (columns, seen_columns) in parts:
-            level = sigma[some] if torch.is_tensor(sigma) and sigma.numel() == len(x) else sigma
+            per_image = torch.is_tensor(sigma) and sigma.ndim > 0 and len(sigma) == len(x)
+            level = sigma[some] if per_image else sigma
             denoised = one(x[some, :, seen_rows, seen_columns], level)
             top, left = rows.start - seen_rows.start, columns.start - seen_columns.start
             height, width = rows.stop - rows.start, columns.stop - columns.start

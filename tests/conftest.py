@@ -1,0 +1,57 @@
+"""denoise.py as a user runs it, in this process, with a network that is known in closed form."""
+
+import sys
+
+import pytest
+import torch
+
+import denoise
+import utils
+from model import ScoreModel
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The path of an untrained network. It predicts 0, so D(y, s) = 0.5 + gain(s) (y - 0.5)."""
+    model = ScoreModel("unet", 0.01, 1.0, (4,), (1,), (0,), 4)
+    path = tmp_path_factory.mktemp("network") / "net.pt"
+    content = {"config": model.config, "weights": model.state_dict(), "info": {}}
+    utils.save_checkpoint(path, content)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd, checkpoint):
+    """Run denoise.py in tmp_path with these words; return what it wrote to stdout and stderr.
+
+    The network is `checkpoint`, in float32 on the CPU, unless the words say otherwise.
+    """
+    constants = {name: value for name, value in vars(denoise).items() if name.isupper()}
+    monkeypatch.chdir(tmp_path)
+    denoise.network.cache_clear()
+
+    def run_once(words, code=0):
+        vars(denoise).update(constants)
+        denoise.CHECKPOINT, denoise.DEVICE, denoise.PRECISION = str(checkpoint), "cpu", "float32"
+        words = words.split() if isinstance(words, str) else words
+        monkeypatch.setattr(sys, "argv", ["denoise.py", *words])
+        capfd.readouterr()
+        try:
+            with torch.no_grad():
+                utils.run_script(denoise.main, vars(denoise), positional="INPUT")
+            found = 0
+        except SystemExit as stop:
+            found = stop.code
+        out, err = capfd.readouterr()
+        err = "".join(line for line in err.splitlines(True) if not line.startswith("libpng "))
+        assert found == code, out + err
+        return out, err
+
+    yield run_once
+    vars(denoise).update(constants)
+
+
+@pytest.fixture
+def lowest(monkeypatch):
+    """Let the lowest noise level be found in every image."""
+    monkeypatch.setattr(denoise, "image_level", lambda denoiser, y, low, high: (low, []))
