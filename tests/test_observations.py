@@ -1,8 +1,8 @@
-"""Observations y = A(x0) + sigma_y n against Gaussian priors, whose posteriors are known, in float64.
+"""Observations y = A(x0) + sigma_y n against Gaussian priors, whose posteriors are known.
 
 For x0 ~ N(MU, C) all is affine: the denoiser given x and y, and what a sampler makes of its noise.
 Matrices come from the code's own functions, applied to the identity; what they are compared with is
-dense linear algebra.
+dense linear algebra, in float64.
 """
 
 import functools
@@ -47,14 +47,14 @@ def normal(count=4, channels=3, size=SIZE, seed=0):
 
 
 def matrix(linear, size=SIZE, channels=3):
-    """Return the matrix of a function of images (B, channels, size, size) that is affine in each."""
+    """Return the matrix of a function of images (B, channels, size, size), affine in each."""
     one = torch.eye(channels * size**2, dtype=torch.float64).view(-1, channels, size, size)
     return (linear(one) - linear(torch.zeros_like(one))).flatten(1).T
 
 
 @functools.cache
 def covariance(kind="natural", size=SIZE, channels=3):
-    """Return C: that of natural_power; "uneven": its contrast varies over the image by a factor of 3."""
+    """Return C: of natural_power, or "uneven": with a contrast of 0.5 to 1.5 over the image."""
     power = sde.natural_power(normal(1, channels, size))
     C = matrix(functools.partial(sde._filter, gain=power), size, channels)
     if kind == "uneven":
@@ -65,7 +65,7 @@ def covariance(kind="natural", size=SIZE, channels=3):
 
 
 def gaussian_denoiser(x, s, C=None, error=0.0):
-    """E[x0 | x] for x0 ~ N(MU, C), s a float; `error` is added to all eigenvalues of its Jacobian."""
+    """E[x0 | x] for x0 ~ N(MU, C), s a float; `error` is added to the Jacobian's eigenvalues."""
     C = covariance() if C is None else C
     eye = torch.eye(len(C), dtype=torch.float64)
     gain = torch.linalg.solve(C + s**2 * eye, C) + error * eye
@@ -170,14 +170,14 @@ def test_a_second_noisy_image_is_averaged_with_the_first(s):
 
 @everywhere
 @pytest.mark.parametrize("s", [0.1, 1.0])
-def test_each_iteration_takes_most_of_the_residual_away(A, s):
-    # The preconditioner is the equation's own under this prior, solved to a residual of 0.1.
+def test_each_iteration_takes_most_of_the_error_away(A, s):
+    # The preconditioner is the equation's own under this prior, solved to 0.1, or in 20 steps.
     _, x, y = image_and_observation(A, s)
     D, change = closed_form(A, y, x, s)
 
     solve = functools.partial(sde.observed, gaussian_denoiser, y, A, SIGMA_Y, tolerance=0)
     errors = [relative_error(solve(iterations=k)(x, s), D, change) for k in (1, 2, 3)]
-    assert errors[1] < 0.3 * errors[0] and errors[2] < 0.3 * errors[1]
+    assert errors[1] < 0.4 * errors[0] and errors[2] < 0.4 * errors[1]
 
 
 @pytest.mark.parametrize("s", [0.2, 1.0])

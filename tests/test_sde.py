@@ -114,7 +114,7 @@ def test_ve_has_the_published_coefficients():
 
 
 def test_vp_has_the_published_coefficients():
-    # Song et al. 2021, app. C: f = -beta / 2, g = sqrt(beta); signal and noise variances sum to one.
+    # Song et al. 2021, app. C: f = -beta / 2, g = sqrt(beta); the variances sum to one.
     t = torch.linspace(0.01, 1, 5, dtype=torch.float64)
     beta, process = 0.1 + 19.9 * t, VP(0.1, 20)
     torch.testing.assert_close(process.drift(t), -beta / 2)
@@ -507,7 +507,7 @@ def published_ddpm(denoiser, y, levels, noise):
 
 
 def published_ddim(denoiser, y, levels, noise):
-    """Song, Meng and Ermon 2021, eq. 13: Euler's method for d(x / sqrt(alpha_bar)) = eps d(sigma)."""
+    """Song, Meng, Ermon 2021, eq. 13: Euler's method for d(x / sqrt(alpha_bar)) = eps d(sigma)."""
     x = y
     for t, s in zip(levels, levels[1:]):
         x = x + (s - t) * (x - denoiser(x, t)) / t
