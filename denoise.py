@@ -128,7 +128,7 @@ def batches(images, pixels=2**20):
 
 
 @functools.cache
-def network(checkpoint, device):
+def load(checkpoint, device):
     return load_model(checkpoint, device, utils.pick_bfloat16(PRECISION, device))
 
 
@@ -199,20 +199,86 @@ def prepare(batch, rng, device):
     return y.to(device), x0, A, sigma
 
 
-def image_level(denoiser, y, low, high):
-    """PLACEHOLDER"""
-    return sde.estimate_sigma(denoiser, y[:1], low, high)[0].item(), []
+LOSSY = "higher in brightness than in colour, as in a lossy file: judged by brightness"
+CORRELATED = "correlated between neighbouring pixels: judged at half the size, a rough value"
 
 
-def level_range(model, channels):
-    """Return the lowest and the highest noise level that the network knows for such images."""
-    factor = math.sqrt(3) if channels == 1 else 1.0  # see sde.grey
+def spread_tiles(y, size=48, rows=3):
+    """Return rows x rows tiles of an image (1, C, H, W), spread evenly, or a small image itself.
+
+    Of a stack (B, C, H, W) the tiles are of different frames.
+    """
+    height, width = (min(size, n) for n in y.shape[2:])
+    tops = sorted({(y.shape[2] - height) * k // (rows - 1) for k in range(rows)})
+    lefts = sorted({(y.shape[3] - width) * k // (rows - 1) for k in range(rows)})
+    corners = [(top, left) for top in tops for left in lefts]
+    frames = [y[k * len(y) // len(corners)] for k in range(len(corners))]
+    tiles = [f[:, t : t + height, k : k + width] for f, (t, k) in zip(frames, corners)]
+    return torch.stack(tiles)
+
+
+def tile_level(network, y, low, high):
+    """Return the noise level of an image, the tiles it was found on, and their denoiser."""
+    tiles = spread_tiles(y)
+    denoiser = grey(network, tiles) if y.shape[1] == 1 else network
+    probes = 1 if len(tiles) > 1 else 4
+    sigma = sde.estimate_sigma(denoiser, tiles, low, high, probes, together=True)[0].item()
+    return sigma, tiles, denoiser
+
+
+def image_level(network, y, low, high, black=0.0, white=1.0):
+    """Return the noise level of one image (1, C, H, W), and notes on it; the lowest is exactly low.
+
+    Lossy files smooth the noise of colour, and the finest of brightness. So brightness decides, at
+    full size or at half the size, where its level is clearly above that of all values together.
+    Clean texture reads as up to 0.02 at full size and 0.03 at half.
+    black, white: what 0 and 1 are in the file.
+    """
+    sigma, tiles, denoiser = tile_level(network, y, low, high)
+    notes = []
+    for shrink, texture, note in ((1, 0.02, LOSSY), (2, 0.03, CORRELATED)):
+        unit = shrink * math.sqrt(y.shape[1])  # white noise is smaller by this in the mean
+        least = max(1.5 * sigma, texture)
+        if unit > 1 and least < high and min(y.shape[2:]) >= 64:
+            brightness = avg_pool2d(y.mean(1, keepdim=True), shrink)
+            found = unit * tile_level(network, brightness, least / unit, high / unit)[0]
+            if found > 1.01 * least:
+                sigma, notes = min(found, high), [note]
+    if sigma < 1.05 * low:
+        return low, [f"no noise above {low:.1%} of white", *unused_range(y, black, white)]
+    if sigma > 0.99 * high:
+        notes.append("as high as is searched: give --sigma")
+    clipped = ((tiles == 0) | (tiles == 1)).float().mean().item()
+    if clipped > 0.05:
+        notes.append(
+            f"{clipped:.0%} of the values are clipped" + ": give --sigma" * (clipped > 0.3)
+        )
+    tiles = sde.cut_extremes(tiles)
+    outliers = ((tiles - denoiser(tiles, sigma)).abs() > 6 * sigma).sum().item()
+    if outliers:
+        notes.append(f"{outliers} of {tiles.numel()} values are outliers and left out")
+    return sigma, notes
+
+
+def unused_range(y, black, white):
+    """Return in a list what to do if the values of an image use little of the range."""
+    values = sde.cut_extremes(y)
+    first, last = values.min().item(), values.max().item()
+    if last - first > 0.25:
+        return []
+    ends = [f"{black + v * (white - black):.4g}" for v in (first, last)]
+    use = f"the values use only {last - first:.1%} of the range"
+    return [f"{use}: give --black {ends[0]} --white {ends[1]}"]
+
+
+def level_range(model, y):
+    """Return the lowest and the highest noise level that the network knows for images like y."""
+    factor = math.sqrt(3) if y.shape[1] == 1 else 1.0  # see sde.grey
     return model.sigma_min / factor, model.sigma_max / factor
 
 
-def levels_for(model, y, sigma, A):
+def levels_for(sigma, low, high, A):
     """Return the falling noise levels of METHOD; raises ValueError where the network lacks them."""
-    low, high = level_range(model, y.shape[1])
     if A is None and not low <= sigma <= high:
         trained = f"the range {low:.2g} to {high:.2g} that the network was trained on"
         raise ValueError(f"noise level {sigma:g} is outside {trained}")
@@ -249,12 +315,11 @@ def unchanged(y, sigma):
     return y
 
 
-def find_level(denoiser, y, model, name, notify):
-    """Return the noise level of an image and what denoises it: at the lowest level, nothing."""
-    low, high = level_range(model, y.shape[1])
-    sigma, notes = image_level(denoiser, y, low, min(high, 1.0))
-    notify(", ".join([f"{name}: noise level estimated at {sigma:.4f}", *notes]))
-    return sigma, unchanged if sigma <= low else denoiser
+def find_level(network, y, low, high, image, notify):
+    """Return the noise level of an image, and say what is known of it."""
+    sigma, notes = image_level(network, y, low, high, image.black, image.white)
+    notify(", ".join([f"{image.name}: noise level estimated at {sigma:.4f}", *notes]))
+    return sigma
 
 
 def canvas(y):
@@ -444,14 +509,15 @@ def main():
         for batch in batches(itertools.islice(images, COUNT)):
             try:
                 # The network, the noisy images, and their noise level.
-                model = network(checkpoint_for(batch[0]), device)
+                model = load(checkpoint_for(batch[0]), device)
                 y, x0, A, sigma = prepare(batch, rng, device)
-                denoiser = utils.tiled(model, update=bar.update)
-                if y.shape[1] == 1:
-                    denoiser = grey(denoiser, y)
+                network = utils.tiled(model, update=bar.update)
+                denoiser = grey(network, y) if y.shape[1] == 1 else network
+                low, high = level_range(model, y)
                 if sigma is None:
-                    sigma, denoiser = find_level(denoiser, y, model, batch[0].name, bar.write)
-                levels = levels_for(model, y, sigma, A)
+                    sigma = find_level(network, y, low, min(high, 1.0), batch[0], bar.write)
+                    denoiser = unchanged if sigma == low else denoiser
+                levels = levels_for(sigma, low, high, A)
 
                 # The estimate of smallest error: one step or, of an observation, a few.
                 if A is None:
