@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch, capfd, checkpoint):
     """
     constants = {name: value for name, value in vars(denoise).items() if name.isupper()}
     monkeypatch.chdir(tmp_path)
-    denoise.network.cache_clear()
+    denoise.load.cache_clear()
 
     def run_once(words, code=0):
         vars(denoise).update(constants)
@@ -54,4 +54,4 @@ def run(tmp_path, monkeypatch, capfd, checkpoint):
 @pytest.fixture
 def lowest(monkeypatch):
     """Let the lowest noise level be found in every image."""
-    monkeypatch.setattr(denoise, "image_level", lambda denoiser, y, low, high: (low, []))
+    monkeypatch.setattr(denoise, "image_level", lambda network, y, low, *rest: (low, []))

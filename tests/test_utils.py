@@ -1,27 +1,35 @@
-"""Options, images in and out, metrics and safe files."""
+"""Options, metrics, what wraps a denoiser, safe files, tables and figures."""
 
-import functools
 import hashlib
-import http.server
 import pickle
-import signal
+import re
+import subprocess
+import sys
 import tarfile
-import threading
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from torch.nn.functional import avg_pool2d, conv2d
 from torchvision.datasets import CIFAR10
 
+import denoise
+import train_score
 import utils
 
 
 def gradient(height, width, channels=3):
-    """A uint8 image in which every pixel is different from its neighbours."""
-    return (np.arange(height * width * channels) * 7 % 256).astype(np.uint8).reshape(height, width, channels)
+    """Return a uint8 image in which every value differs from its neighbours."""
+    values = np.arange(height * width * channels) * 7 % 256
+    return values.astype(np.uint8).reshape(height, width, channels)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # -----------------------------------------------------------------------------
@@ -33,6 +41,7 @@ BATCH_SIZE = 64  # images per step
 LR = 1e-3  # learning rate, 100 % of it
 FLIP = True  # flip images
 WIDTHS = (32, 64)  # channels
+NOISE = (0.1, 0.5)  # levels
 SIGMA = None  # noise level
 NAME = "score"  # of the files
 lower = 1
@@ -43,25 +52,39 @@ lower = 1
 def constants(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    constants = {"__file__": str(path), "__doc__": "What it does."}
-    exec(SCRIPT, constants)
-    return constants
+    found = {"__file__": str(path)}
+    exec(SCRIPT, found)
+    return found
 
 
 def test_without_options_the_constants_stay(constants):
     before = dict(constants)
-    for arguments in ([], ["--sigma", "none"]):
+    for arguments in ([], ["--sigma", "none"], ["--sigma", "None"]):
         utils.set_options(constants, arguments)
         assert constants == before
-    expected = {"batch_size": 64, "lr": 1e-3, "flip": True, "widths": (32, 64), "sigma": None, "name": "score"}
-    assert utils.options(constants) == expected
 
 
-def test_options_set_the_constants_in_their_types(constants):
-    line = "--batch-size 8 --lr 2e-4 --no-flip --widths 16 32 48 --sigma 0.1 --name mine"
-    utils.set_options(constants, line.split())
-    expected = {"batch_size": 8, "lr": 2e-4, "flip": False, "widths": (16, 32, 48), "sigma": 0.1, "name": "mine"}
-    assert utils.options(constants) == expected and constants["lower"] == 1
+@pytest.mark.parametrize(
+    "line, name, value",
+    [
+        ("--batch-size 8", "BATCH_SIZE", 8),
+        ("--lr 2e-4", "LR", 2e-4),
+        ("--lr 1/4", "LR", 0.25),
+        ("--no-flip", "FLIP", False),
+        ("--widths 16 32 48", "WIDTHS", (16, 32, 48)),
+        ("--noise 25/255 2", "NOISE", (25 / 255, 2.0)),
+        ("--sigma 25/255", "SIGMA", 25 / 255),
+        ("--sigma 3", "SIGMA", 3),
+        ("--name mine", "NAME", "mine"),
+        ("a b", "NAMES", ("a", "b")),
+        ("a --lr 1 b", "NAMES", ("a", "b")),
+    ],
+)
+def test_an_option_sets_its_constant_in_its_type(line, name, value, constants):
+    constants["NAMES"] = ("x",)
+    utils.set_options(constants, line.split(), positional="NAMES")
+    assert constants[name] == value and type(constants[name]) is type(value)
+    assert constants["lower"] == 1
 
 
 def test_help_lists_every_constant_with_its_comment(constants, capsys, monkeypatch):
@@ -70,159 +93,302 @@ def test_help_lists_every_constant_with_its_comment(constants, capsys, monkeypat
         utils.set_options(constants, ["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for part in ("--batch-size", "images per step [64]", "100 % of it", "--no-flip", "[32 64]", "--sigma", "What it does."):
+    parts = ("What it does.", "--batch-size INT", "images per step [64]", "100 % of it [0.001]")
+    for part in (*parts, "--no-flip", "channels [32 64]", "--sigma NUMBER", "--name TEXT"):
         assert part in text
 
 
-@pytest.mark.parametrize("line", ["--batch 8", "--batch-size x", "--batch-size 1.5", "--unknown 1", "--sigma big", "--lower 2"])
-def test_a_wrong_option_is_one_line_and_code_two(constants, capsys, line):
+@pytest.mark.parametrize("script", [denoise, train_score])
+def test_every_option_of_a_script_has_its_comment_in_the_help(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        utils.set_options(vars(script), ["--help"])
+    text = capsys.readouterr().out
+    for name in utils.options(vars(script)):
+        (line,) = re.findall(rf"^  --{name.replace('_', '-')}[ ,].*", text, re.MULTILINE)
+        assert re.search(r"  \S.*\w.* \[", line), line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--batch 8", "--batch-size x", "--batch-size 1.5", "--unknown 1", "--lower 2"),
+        *("--sigma big", "--sigma 1/0", "--lr none", "--lr 1/2/3", "stray", "--widths"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_code_two(line, constants, capsys):
     with pytest.raises(SystemExit) as stop:
         utils.set_options(constants, line.split())
     assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+OUT_OF_MEMORY = "script.py: error: out of memory: use smaller images"
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("--sigma must be\npositive"), 2, "script.py: error: --sigma must be positive"),
+        (OSError(13, "Permission denied"), 2, "script.py: error: [Errno 13] Permission denied"),
+        (MemoryError(), 2, OUT_OF_MEMORY),
+        (RuntimeError("CUDA out of memory"), 2, OUT_OF_MEMORY),
+        (KeyboardInterrupt(), 130, ""),
+        (None, 0, ""),
+    ],
+)
+def test_exit_codes(error, code, line, constants, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--batch-size", "5"])
+
+    def main():
+        assert constants["BATCH_SIZE"] == 5
+        if error:
+            raise error
+
+    found = 0
+    try:
+        utils.run_script(main, constants)
+    except SystemExit as stop:
+        found = stop.code
+    err = capsys.readouterr().err
+    assert found == code and err.startswith(line) and len(err.splitlines()) == bool(line)
+
+
+def test_an_error_of_the_program_itself_is_shown_whole(constants, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+    def main():
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        utils.run_script(main, constants)
+
+
+def test_a_refusal_names_the_option():
+    utils.check(True, "BATCH_SIZE", 3, "must be even")
+    with pytest.raises(ValueError, match="^--batch-size must be even, not 3$"):
+        utils.check(False, "BATCH_SIZE", 3, "must be even")
 
 
 # -----------------------------------------------------------------------------
-# Images
+# Devices
 # -----------------------------------------------------------------------------
 
 
-def test_the_samples_come_without_a_network():
-    names, images = zip(*utils.read_images("samples"))
-    assert names == utils.SAMPLES and all(x.shape == (128, 128, 3) and 0 <= x.min() < x.max() <= 1 for x in images)
-    patches = utils.read_patches("samples")
-    assert patches.dtype == torch.uint8 and patches.shape[1:] == (3, 32, 32) and len(patches) > 1000
+def test_a_device_that_cannot_be_used_is_refused(monkeypatch):
+    assert utils.pick_device("cpu") == torch.device("cpu")
+    for name in ("tpu", "meta", "cuda:99", ""):
+        with pytest.raises(ValueError, match=f"device '{name}' cannot be used"):
+            utils.pick_device(name)
+    for available, expected in ((False, "cpu"), (True, "cuda:3")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(0))
+        assert utils.pick_device("auto") == torch.device(expected)
 
 
-def test_patches_tile_the_image(tmp_path):
-    image = gradient(70, 100)
-    Image.fromarray(image).save(tmp_path / "a.png")
-    np.save(tmp_path / "b.npy", np.stack([gradient(32, 32)] * 3))
-    np.save(tmp_path / "c.npy", np.full((32, 32), 0.5))
-    patches = utils.read_patches(tmp_path).permute(0, 2, 3, 1).numpy()
-    assert len(patches) == 2 * 3 + 3 + 1 and patches.dtype == np.uint8
-    for k in range(6):
-        row, column = divmod(k, 3)
-        assert np.array_equal(patches[k], image[32 * row : 32 * row + 32, 32 * column : 32 * column + 32])
-    assert np.array_equal(patches[6], gradient(32, 32)) and (patches[9] == 128).all()
-    np.save(tmp_path / "d.npy", np.zeros((31, 40), np.uint8))
-    with pytest.raises(ValueError, match="d.npy.*40 x 31"):
-        utils.read_patches(tmp_path)
+def test_bfloat16_is_used_where_the_hardware_has_it_or_when_asked(monkeypatch):
+    cpu = torch.device("cpu")
+    assert utils.pick_bfloat16("bfloat16", cpu) and not utils.pick_bfloat16("float32", cpu)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not utils.pick_bfloat16("auto", cpu)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert utils.pick_bfloat16("auto", cpu)
+    with pytest.raises(ValueError, match="--precision must be auto, bfloat16 or float32, not half"):
+        utils.pick_bfloat16("half", cpu)
+
+
+def test_hardware_is_named():
+    with_threads = f"CPU, {torch.get_num_threads()} thread"
+    assert with_threads in utils.hardware(torch.device("cpu"))
+    assert utils.hardware(torch.device("cpu"), 2).startswith("2 x ")
+
+
+# -----------------------------------------------------------------------------
+# Built-in images and images to train on
+# -----------------------------------------------------------------------------
+
+
+def test_the_samples_are_photographs_of_128_pixels():
+    images = list(utils.read_images("samples"))
+    assert tuple(image.name for image in images) == utils.SAMPLES
+    for image in images:
+        assert image.builtin and image.pixels.shape == (1, 128, 128, 3)
+        assert 0 <= image.pixels.min() < 0.2 < 0.7 < image.pixels.max() <= 1
+    whole = utils.training_images("samples")
+    assert [image.dtype for image in whole] == [np.uint8] * 5
+    assert min(image.shape[0] for image in whole) >= 300
+
+
+def test_small_and_broken_images_are_left_out_of_a_training_and_named(tmp_path):
+    Image.fromarray(gradient(40, 50)).save(tmp_path / "a.png")
+    Image.fromarray(gradient(31, 99)).save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"broken")
+    np.save(tmp_path / "d.npy", np.stack([gradient(32, 33)] * 2))
+    np.save(tmp_path / "e.npy", np.full((32, 32), 0.5001))
+    said = []
+    found = utils.training_images(tmp_path, notify=said.append)
+    assert [image.shape for image in found] == [(40, 50, 3), *[(32, 33, 3)] * 2, (32, 32, 3)]
+    assert np.array_equal(found[0], gradient(40, 50)) and found[0].dtype == np.uint8
+    assert np.array_equal(found[2], gradient(32, 33)) and (found[3] == 128).all()
+    text = "\n".join(said)
+    assert "'b', 99 x 31 pixels, smaller than 32 x 32, is left out" in text
+    assert "c.png' cannot be read" in text and "1 of 5 files cannot be read" in text
+    assert "1 images are too small and left out" in text and len(said) == 4
+    with pytest.raises(ValueError, match="no image of .*b.png' has 32 x 32 pixels"):
+        utils.training_images(tmp_path / "b.png", notify=said.append)
 
 
 @pytest.fixture
-def cifar_archive(tmp_path, monkeypatch):
-    """Serve a stand-in for CIFAR-10's archive, of 3 images a batch, where torchvision looks for it; yield its arrays."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def archive(tmp_path, monkeypatch):
+    """Write a stand-in for CIFAR-10's archive, of 3 images a batch; return its arrays by name."""
     folder = tmp_path / "remote" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
-    arrays, lists = {}, {}
-    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"]:
-        arrays[name] = np.random.default_rng(len(arrays)).integers(0, 256, (3, 3072), dtype=np.uint8)
-        content = {"label_names": ["a"]} if name == "batches.meta" else {"data": arrays[name], "labels": [0, 0, 0]}
+    rng, arrays, sums = np.random.default_rng(0), {}, {}
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"]
+    for name in names:
+        arrays[name] = rng.integers(0, 256, (3, 3072), dtype=np.uint8)
+        content = {"data": arrays[name], "labels": [0, 0, 0], "label_names": ["a"]}
         (folder / name).write_bytes(pickle.dumps(content))
-        lists[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    archive = tmp_path / "remote" / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, arcname=folder.name)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{k}", lists[f"data_batch_{k}"]] for k in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", lists["test_batch"]]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": lists["batches.meta"]})
-    yield arrays
-    server.shutdown()
-    server.server_close()
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    (tmp_path / "data").mkdir()
+    packed = tmp_path / "data" / CIFAR10.filename
+    with tarfile.open(packed, "w:gz") as file:
+        file.add(folder, folder.name)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(packed.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setitem(CIFAR10.meta, "md5", sums["batches.meta"])
+    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere/cifar-10-python.tar.gz")
+    return arrays
 
 
-def test_cifar10_is_downloaded_once_and_read_in_its_order(cifar_archive, tmp_path, monkeypatch):
-    data_dir = str(tmp_path / "data")
-    expected = np.concatenate([cifar_archive[f"data_batch_{k}"] for k in range(1, 6)]).reshape(-1, 3, 32, 32)
-    assert np.array_equal(utils.read_patches("cifar10", data_dir).numpy(), expected)
-    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere/cifar-10-python.tar.gz")  # the second time nothing is downloaded
-    test = cifar_archive["test_batch"].reshape(-1, 3, 32, 32)
-    assert np.array_equal(utils.read_patches("cifar10", data_dir, train=False).numpy(), test)
-    names, images = zip(*utils.read_images("cifar10", data_dir))
-    assert names[2] == "cifar10_00002"
-    np.testing.assert_allclose(images[2], test[2].transpose(1, 2, 0) / 255, atol=1e-6)
+def test_cifar10_is_read_from_its_archive_in_its_order(archive, tmp_path):
+    data_dir = tmp_path / "data"
+    found = utils.training_images("cifar10", data_dir)
+    expected = np.concatenate([archive[f"data_batch_{k}"] for k in range(1, 6)])
+    assert np.array_equal(found, expected.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    images = list(utils.read_images("cifar10", data_dir))
+    expected = archive["test_batch"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) / 255
+    assert [image.name for image in images] == [f"cifar10_{k:05d}" for k in range(3)]
+    for image, x in zip(images, expected):
+        assert image.builtin and np.allclose(image.pixels[0], x, atol=1e-6)
+    with pytest.raises(OSError, match="neither in .*elsewhere' nor could it be downloaded"):
+        utils.training_images("cifar10", tmp_path / "elsewhere")
 
 
 # -----------------------------------------------------------------------------
-# Noise and metrics
+# Metrics
 # -----------------------------------------------------------------------------
-
-
-def test_the_noise_is_one_stream_neither_clipped_nor_rounded():
-    images = [np.full((32, 32, 3), 0.5, np.float32)] * 4
-    noise = np.random.default_rng(3).standard_normal((4, 32, 32, 3))
-    noisy = utils.add_noise(images, 0.4, seed=3)
-    np.testing.assert_allclose(noisy, 0.5 + 0.4 * noise, atol=1e-6)
-    assert np.array_equal(utils.add_noise(images[:2], 0.4, seed=3), noisy[:2])
-    assert np.min(noisy) < 0 and np.max(noisy) > 1
 
 
 def test_psnr_of_a_known_error():
     x0 = torch.full((2, 3, 8, 8), 0.5)
     images = torch.stack([x0[0] + 0.1, x0[1] + 7])  # the second is clipped to 1
-    torch.testing.assert_close(utils.psnr(images, x0), torch.tensor([20, -10 * np.log10(0.25)]).double(), rtol=1e-6, atol=0)
+    expected = torch.tensor([20, -10 * np.log10(0.25)]).double()
+    torch.testing.assert_close(utils.psnr(images, x0), expected, rtol=1e-6, atol=0)
     assert utils.psnr(x0, x0).tolist() == [float("inf")] * 2
 
 
 def test_ssim_is_the_formula_of_its_authors():
-    # Wang et al. 2004, eq. 13: Gaussian weights of 1.5 pixels in windows of 11 x 11, K1 = 0.01, K2 = 0.03; a mean over channels.
-    x, y = torch.rand(2, 3, 20, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # Wang et al. 2004, eq. 13: Gaussian weights of 1.5 pixels in windows of 11 x 11, K1 = 0.01,
+    # K2 = 0.03, and the mean over the channels.
+    x, y = uniform(2, 3, 20, 17)
     g = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
     window = (g[:, None] * g / g.sum() ** 2)[None, None]
-    mean = lambda a: torch.nn.functional.conv2d(a[:, None], window)  # noqa: E731
-    covariance = lambda a, b: mean(a * b) - mean(a) * mean(b)  # noqa: E731
+
+    def mean(a):
+        return conv2d(a[:, None], window)
+
+    def covariance(a, b):
+        return mean(a * b) - mean(a) * mean(b)
+
     parts = (2 * mean(x) * mean(y) + 0.01**2) * (2 * covariance(x, y) + 0.03**2)
-    parts /= (mean(x) ** 2 + mean(y) ** 2 + 0.01**2) * (covariance(x, x) + covariance(y, y) + 0.03**2)
-    assert abs(utils.ssim(x[None], y[None])[0] - parts.mean().item()) < 1e-6
+    parts /= mean(x) ** 2 + mean(y) ** 2 + 0.01**2
+    parts /= covariance(x, x) + covariance(y, y) + 0.03**2
+    images = torch.stack([y, x])
+    found = utils.ssim(images, torch.stack([x, x]))
+    np.testing.assert_allclose(found, [parts.mean().item(), 1], atol=1e-6)
     assert np.isnan(utils.ssim(x[None, :, :8, :8], y[None, :, :8, :8])).all()
 
 
 # -----------------------------------------------------------------------------
-# Tables and films
+# Around a denoiser
 # -----------------------------------------------------------------------------
 
 
-def test_a_table_is_aligned_markdown():
-    rows = [{"name": "a", "PSNR dB": 1.234}, {"name": "long", "PSNR dB": 20.0, "calls": 3}]
-    assert utils.table(rows).splitlines() == [
-        "| name | PSNR dB | calls |",
-        "| ---- | ------: | ----: |",
-        "| a    |    1.23 |       |",
-        "| long |   20.00 |     3 |",
-    ]
-    (mean,) = utils.means([{"m": "x", "v": 1, "n": 2, "who": "a"}, {"m": "x", "v": 2, "n": 2, "who": "b"}], "m", "who")
-    assert mean == {"m": "x", "v": 1.5, "n": 2, "who": "mean of 2"}
+def local(x, sigma):
+    """A denoiser that sees 4 pixels around each, and where in windows of 32 pixels it stands."""
+    sigma = torch.as_tensor(sigma).reshape(-1, 1, 1, 1)
+    corner = x[..., ::32, ::32].repeat_interleave(32, 2).repeat_interleave(32, 3)
+    return sigma * avg_pool2d(x, 9, 1, 4) ** 2 + corner[..., : x.shape[2], : x.shape[3]]
 
 
-def test_a_film_keeps_question_and_answer():
-    film = utils.Film(lambda x, sigma: x * sigma, count=1, size=4)
+@pytest.mark.parametrize("side", [64, 150])  # the second would leave tiles of 86, off the grid
+@pytest.mark.parametrize("size", [(200, 170), (64, 64), (200, 40)])
+def test_tiles_give_the_image_whole(size, side):
+    x, moves, seen = uniform(2, 3, *size), [], []
+
+    def denoiser(x, sigma):
+        seen.append(x.shape)
+        return local(x, sigma)
+
+    for sigma in (0.5, torch.tensor(0.5), torch.tensor([0.2, 0.7]).view(2, 1, 1, 1)):
+        tiled = utils.tiled(denoiser, side**2, halo=32, update=moves.append)
+        torch.testing.assert_close(tiled(x, sigma), local(x, sigma), rtol=1e-12, atol=1e-12)
+    assert abs(sum(moves) - 3) < 1e-9 and len(moves) == len(seen)  # one a call
+    assert all(height * width <= 128**2 for _, _, height, width in seen)
+    assert (len(seen) > 3) == (size[0] * size[1] > side**2)
+
+
+def test_a_large_batch_is_split_and_each_image_keeps_its_level():
+    x, sigma, sizes = uniform(7, 1, 8, 8), uniform(7, seed=1), []
+
+    def denoiser(x, s):
+        sizes.append(len(x))
+        return s.view(-1, 1, 1, 1) * x
+
+    found = utils.tiled(denoiser, pixels=3 * 64)(x, sigma)
+    assert sizes == [3, 3, 1] and torch.equal(found, sigma.view(-1, 1, 1, 1) * x)
+    assert torch.equal(utils.tiled(local, 64)(x[:1], torch.tensor(0.5)), local(x[:1], 0.5))
+
+
+def test_a_gradient_through_tiles_is_that_of_the_whole():
+    x, v = uniform(1, 3, 100, 131), uniform(1, 3, 100, 131, seed=1)
+    moves, gradients = [], []
+    for denoiser in (local, utils.tiled(local, 64**2, halo=32, update=moves.append)):
+        point = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((denoiser(point, 0.5) * v).sum(), point)
+        gradients.append(gradient)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+    assert abs(sum(moves) - 1) < 1e-9
+
+
+def test_noise_of_an_image_depends_on_its_own_seed_alone():
+    x = torch.zeros(3, 1, 20, 20)
+    first, again = utils.seeded_noise([5, 6, 5]), utils.seeded_noise([6])
+    z = first(x)
+    assert torch.equal(z[0], z[2]) and not torch.equal(z[0], z[1])
+    assert torch.equal(z[1:2], again(x[:1])) and not torch.equal(first(x), z)
+    assert abs(z[:2].std() - 1) < 4 / (2 * 800) ** 0.5
+    assert first(x.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="3 seeds for 2 images"):
+        first(x[:2])
+
+
+def test_a_recorder_counts_calls_and_keeps_states_and_estimates():
+    recorder = utils.Recorder(lambda x, sigma: x * sigma, count=1, size=4)
     x = torch.arange(2 * 3 * 6 * 8.0).view(2, 3, 6, 8)
-    assert torch.equal(film(film(x, 0.5), torch.tensor(0.25)), x / 8)
-    (_, *first), (sigma, *second) = film.frames
+    assert torch.equal(recorder(recorder(x, 0.5), torch.tensor(0.25)), x / 8)
+    (level, *first), (sigma, *second) = recorder.frames
     middle = x[:1, :, 1:5, 2:6]
-    assert film.calls == 2 and sigma == 0.25
-    assert all(torch.equal(a, b) for a, b in zip(first + second, (middle, middle / 2, middle / 2, middle / 8)))
-
-
-@pytest.mark.parametrize("side", [64, 150])  # the second would leave tiles of 86 pixels, off the grid
-@pytest.mark.parametrize("size", [(100, 131), (64, 64), (200, 170)])
-def test_tiles_cover_the_picture_once(size, side):
-    x, bar = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)), types.SimpleNamespace(n=0)
-    bar.update = lambda n: setattr(bar, "n", bar.n + n)
-    # A mean over the neighbours, and windows of 32 pixels that a tile must not cut.
-    corner = lambda x: x[..., ::32, ::32].repeat_interleave(32, 2).repeat_interleave(32, 3)[..., : x.shape[2], : x.shape[3]]  # noqa: E731
-    denoiser = lambda x, sigma: sigma * torch.nn.functional.avg_pool2d(x, 5, 1, 2) + corner(x)  # noqa: E731
-    whole = denoiser(x, 0.5)
-    inside = utils.tiled(denoiser, side**2, bar, halo=32)(x, 0.5)
-    torch.testing.assert_close(inside, whole)
-    assert bar.n == 2 * utils.pixels_seen(*size, side**2, halo=32) >= 2 * size[0] * size[1]
+    expected = (middle, middle / 2, middle / 2, middle / 8)
+    assert recorder.calls == 2 and (level, sigma) == (0.5, 0.25)
+    assert all(torch.equal(a, b) for a, b in zip(first + second, expected, strict=True))
+    silent = utils.Recorder(lambda x, sigma: x, count=0)
+    silent(x, 1.0)
+    assert silent.calls == 1 and silent.frames == []
 
 
 # -----------------------------------------------------------------------------
@@ -230,43 +396,196 @@ def test_tiles_cover_the_picture_once(size, side):
 # -----------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "kept.txt"
-    path.write_text("old")
-    with pytest.raises(OSError, match="kept.txt"), utils.replacing(path) as temporary:
-        Path(temporary).write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_write_that_fails_leaves_what_was_there(kind, tmp_path):
+    path = tmp_path / "kept"
+
+    def put(target, text):
+        if kind == "folder":
+            target.mkdir()
+        (target / "a" if kind == "folder" else target).write_text(text)
+
+    def found():
+        return (path / "a" if kind == "folder" else path).read_text()
+
+    put(path, "old")
+    with pytest.raises(OSError, match="kept' cannot be written .*full.* unchanged"):
+        with utils.replacing(path) as temporary:
+            put(temporary, "half")
+            raise RuntimeError("disk full")
+    assert found() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt), utils.replacing(path) as temporary:
+        put(temporary, "half")
+        raise KeyboardInterrupt
+    assert found() == "old" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / ".part_kept").mkdir()  # left over by a run that was killed
     with utils.replacing(path) as temporary:
-        Path(temporary).write_text("new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~utils.UMASK  # others may read it, as all that is written
-
-
-def test_a_saved_image_is_clipped_and_rounded_once(tmp_path):
-    image = gradient(5, 7) / 255
-    image[0, 0] = (-0.5, 1.5, 0.5)
-    utils.save_image(tmp_path / "image.png", torch.from_numpy(image).permute(2, 0, 1))
-    saved = np.asarray(Image.open(tmp_path / "image.png"))
-    assert saved[0, 0].tolist() == [0, 255, 128]
-    assert np.array_equal(saved[1:], gradient(5, 7)[1:])
+        put(temporary, "new")
+    assert found() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_one_process_at_a_time_writes_a_name(tmp_path):
     path = tmp_path / "folder" / "net.pt"
-    with utils.only_process(path):
-        with pytest.raises(ValueError, match="another process"), utils.only_process(path):
-            pass
-        (path.parent / ".net_12345678.pt").touch()
-        (path.parent / ".net_resume_12345678.pt").touch()
-    with utils.only_process(path):
-        assert {p.name for p in path.parent.iterdir()} == {".net.lock", ".net_resume_12345678.pt"}
+    other = "import sys, pathlib, utils\nwith utils.locked(pathlib.Path(sys.argv[1])):\n    pass"
+    with utils.locked(path, path.with_name("b.png")):
+        command = [sys.executable, "-c", other, str(path)]
+        root = Path(utils.__file__).parent
+        process = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert f"another process is writing '{path}'" in process.stderr
+    with utils.locked(path):
+        assert {found.name for found in path.parent.iterdir()} <= {".net.lock"}
+    for name in ("net.pt", "b.png"):
+        (path.parent / name).mkdir()
+        with pytest.raises(OSError, match=f"{name}' cannot be written: it is a folder"):
+            with utils.locked(path, path.with_name("b.png")):
+                pass
+        (path.parent / name).rmdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written"), utils.locked(tmp_path / "file" / "a"):
+        pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_signal_is_noted_and_nothing_is_cut(number):
-    before = signal.getsignal(number)
-    with utils.stop_signals() as stop:
-        signal.raise_signal(number)
-        assert stop == [number]
-    assert signal.getsignal(number) is before
+def test_a_saved_png_is_clipped_and_rounded(tmp_path):
+    image = torch.from_numpy(gradient(5, 7) / 255).permute(2, 0, 1)
+    image[:, 0, 0] = torch.tensor([-0.5, 1.5, 0.5])
+    utils.save_png(tmp_path / "image.png", image)
+    saved = np.asarray(Image.open(tmp_path / "image.png"))
+    assert saved[0, 0].tolist() == [0, 255, 128] and np.array_equal(saved[1:], gradient(5, 7)[1:])
+    utils.save_png(tmp_path / "grey.png", image[:1])
+    grey = np.asarray(Image.open(tmp_path / "grey.png"))
+    assert np.array_equal(grey, saved[..., :1].repeat(3, 2))
+
+
+def test_rows_are_saved_by_column(tmp_path):
+    utils.save_csv(tmp_path / "a.csv", [{"é": 1, "b": "x,y"}, {"c": 0.1}])
+    text = (tmp_path / "a.csv").read_text(encoding="utf-8")
+    assert text.splitlines() == ["é,b,c", '1,"x,y",', ",,0.1"]
+
+
+# -----------------------------------------------------------------------------
+# Tables
+# -----------------------------------------------------------------------------
+
+
+def test_a_table_is_aligned_markdown_with_the_digits_of_each_column():
+    rows = [
+        {"name": "a", "sigma": 0.05, "PSNR dB": 1.235, "SSIM": 0.5},
+        {"name": "long", "PSNR dB": 20.0, "expected PSNR": "", "calls": 3, "seconds": 0.128},
+    ]
+    assert utils.table(rows).splitlines() == [
+        "| name |  sigma | PSNR dB |  SSIM | expected PSNR | calls | seconds |",
+        "| ---- | -----: | ------: | ----: | ------------- | ----: | ------: |",
+        "| a    | 0.0500 |    1.24 | 0.500 |               |       |         |",
+        "| long |        |   20.00 |       |               |     3 |    0.13 |",
+    ]
+
+
+def test_means_are_of_the_rows_of_one_kind():
+    rows = [
+        {"who": "a", "m": "x", "v": 1, "n": 2, "note": "p", "w": ""},
+        {"who": "b", "m": "y", "v": 9.0, "n": 2, "note": "p", "w": ""},
+        {"who": "c", "m": "x", "v": 2, "n": 2, "note": "q", "w": ""},
+    ]
+    assert utils.means(rows, "m", "who") == [
+        {"who": "mean of 2", "m": "x", "v": 1.5, "n": 2, "w": ""},
+        {"who": "mean of 1", "m": "y", "v": 9.0, "n": 2, "note": "p", "w": ""},
+    ]
+
+
+# -----------------------------------------------------------------------------
+# Figures: what is in them
+# -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """Keep what is saved as a figure: figure.axes are its axes, in order."""
+    kept = SimpleNamespace(axes=[])
+    real = Figure.savefig
+
+    def savefig(self, *arguments, **options):
+        kept.axes = self.axes
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return kept
+
+
+def test_images_stand_in_order_with_their_psnr_and_their_middle_framed(figure, tmp_path):
+    x0 = uniform(3, 80, 100)
+    rows = [[("noisy", x0 * 0.5, "s"), ("half", x0 * 0.9, ""), ("clean", x0, "")]]
+    rows.append([("other", uniform(1, 30, 30), "t"), ("and", uniform(1, 30, 30, seed=1), "")])
+    utils.plot_images(tmp_path / "a.png", rows, truth=True, detail=40)
+    grid = np.reshape(figure.axes, (3, 3))  # two images; the middle of the first stands below it
+    for axes, (title, image, _) in zip(grid[0], rows[0]):
+        middle = image[:, 20:60, 30:70]
+        assert axes.get_title() == title
+        for shown, expected in ((axes, image), (grid[1, list(grid[0]).index(axes)], middle)):
+            assert np.array_equal(shown.images[0].get_array(), utils.to_array(expected))
+        (frame,) = axes.patches
+        assert (*frame.get_xy(), frame.get_width(), frame.get_height()) == (29.5, 19.5, 40, 40)
+    for line, images in ((grid[0], [x for _, x, _ in rows[0]]), (grid[2], [rows[1][0][1]])):
+        truth = x0 if line is not grid[2] and len(images) == 3 else rows[1][1][1]
+        quality = utils.psnr(images[0][None], truth[None]).item()
+        assert line[0].get_xlabel().endswith(f", {quality:.2f} dB")
+    assert grid[0, 0].get_xlabel().startswith("s, ") and grid[0, 2].get_xlabel() == ""
+    middles = [x[None, :, 20:60, 30:70] for x in (rows[0][1][1], x0)]
+    assert grid[1, 1].get_xlabel() == f"{utils.psnr(*middles).item():.2f} dB"
+    assert not grid[2, 0].patches and not grid[2, 2].axison and grid[0, 2].axison
+    utils.plot_images(tmp_path / "a.png", rows, truth=False)
+    assert [axes.get_xlabel() for axes in figure.axes[:3]] == ["s", "", ""]
+    assert Image.open(tmp_path / "a.png").width > 500
+
+
+def test_a_training_is_plotted_over_millions_of_images(figure, tmp_path):
+    losses = [[1e6, 2.0], [2e6, 1.5], [3e6, 1.2]]
+    psnrs = [[1.5e6, {0.1: 28.0, 0.5: 20.0}], [3e6, {0.1: 28.5, 0.5: 20.25}]]
+    utils.plot_training(tmp_path / "a.png", losses, psnrs)
+    left, right = figure.axes
+    assert left.lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.5], [3, 1.2]]
+    curves = [line.get_xydata().tolist() for line in right.lines]
+    assert curves == [[[1.5, -0.5], [3, 0]], [[1.5, -0.25], [3, 0]]]
+    assert "$\\sigma$ = 0.1, ends at 28.50 dB" in right.get_legend().get_texts()[0].get_text()
+    assert left.get_xlabel() == right.get_xlabel() == "images seen, millions"
+    assert "loss" in left.get_title() and "PSNR" in right.get_title()
+    low, high = left.get_ylim()
+    assert low < 1.2 and high > 1.5
+    utils.plot_training(tmp_path / "a.png", [], [])  # before anything is measured
+
+
+def test_an_animation_runs_from_the_first_state_to_the_last(tmp_path):
+    shades = torch.linspace(0, 1, 50)
+    film = [(1.0, s.expand(3, 8, 4), 1 - s.expand(3, 8, 4)) for s in shades]
+    utils.save_animation(tmp_path / "a.gif", [film, film[:20]], most=10, size=16)
+    with Image.open(tmp_path / "a.gif") as file:
+        assert file.n_frames == 10 and file.size == (32, 32)
+        seen, durations = [], []
+        for k in range(10):
+            file.seek(k)
+            page = np.asarray(file.convert("RGB")).astype(float) / 255
+            seen.append([page[5, 3].mean(), page[21, 3].mean(), page[5, 19].mean()])
+            durations.append(file.info["duration"])
+    expected = shades[np.linspace(0, 49, 10).round()].numpy()
+    state, estimate, shorter = np.transpose(seen)
+    np.testing.assert_allclose(state, expected, atol=0.02)
+    np.testing.assert_allclose(estimate, 1 - expected, atol=0.02)
+    np.testing.assert_allclose(shorter, expected.clip(max=shades[19].item()), atol=0.02)
+    assert durations[-1] > 5 * durations[0]  # the last one stays
+
+
+def test_a_map_is_the_standard_deviation_around_each_pixel(figure, tmp_path):
+    variance = uniform(3, 30, 40)
+    variance[:, :6, :6] = 4.0
+    utils.save_map(tmp_path / "a", variance, "of $x_1^ and 50 %")
+    saved = np.load(tmp_path / "a.npy")
+    assert saved.shape == (30, 40, 3) and np.allclose(saved[:4, :4], 2)
+    window = variance[1, 10:15, 20:25].mean() ** 0.5
+    assert abs(saved[12, 22, 1] - window.item()) < 1e-6
+    axes, bar = figure.axes
+    shown = axes.images[0]
+    expected = (saved.astype(float) ** 2).mean(2) ** 0.5
+    np.testing.assert_allclose(shown.get_array(), expected, rtol=1e-5)
+    assert axes.get_title() == "of $x_1^ and 50 %"
+    top = np.quantile(expected, 0.99)
+    np.testing.assert_allclose(bar.get_ylim(), (0, top), rtol=1e-5)
+    assert np.allclose(shown.get_clim(), bar.get_ylim())
