@@ -49,9 +49,7 @@ MASK = "none"  # file of a mask, white where the image is missing; or the share 
 BLUR = 0.0  # standard deviation, in pixels, of a Gaussian blur to undo
 ENLARGE = 1  # how many times larger to make the image, both ways
 # method
-CHECKPOINT = (
-    "auto"  # written by train_score.py; "auto": for photographs above 64 pixels, else CIFAR-10
-)
+CHECKPOINT = "auto"  # of train_score.py; "auto": for photographs above 64 pixels, else CIFAR-10
 METHOD = "sde"  # "mmse" (one call), "sde" (sample), "ode", or another name in methods() below
 STEPS = None  # noise levels on the way down; none: as many as the method needs
 DRAWS = None  # samples of each image; none: 2 of built-in images, 1 of yours, 4 of observations
@@ -80,14 +78,14 @@ def langevin(denoiser, y, levels, noise):
 
 
 def euler(denoiser, y, levels, noise):
-    return sde.reverse_sde(denoiser, y, levels, PROCESSES[SDE](), noise)
+    return sde.reverse_sde(denoiser, y, levels, _PROCESSES[SDE](), noise)
 
 
 def heun(denoiser, y, levels, noise):
-    return sde.probability_flow_ode(denoiser, y, levels, PROCESSES[SDE]())
+    return sde.probability_flow_ode(denoiser, y, levels, _PROCESSES[SDE]())
 
 
-PROCESSES = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}
+_PROCESSES = {"ve": sde.VE, "vp": sde.VP, "subvp": sde.SubVP}
 
 
 def methods():
@@ -139,37 +137,44 @@ def checkpoint_for(image):
     return f"checkpoints/score_{'photographs' if large else 'cifar10'}.pt"
 
 
-def observation(size, mask="none", blur=0.0, enlarge=1, seed=0):
+def observation(size, mask="none", blur=0.0, enlarge=1, seed=0, notify=print):
     """Return A, what was done to images (B, C, *size), or None if nothing was.
 
-    Raises ValueError for more than one of them, or one that does not suit the size.
+    notify gets a line on how much a mask hides. Raises ValueError for more than one of them, or
+    one that does not suit the size.
     """
     if (mask != "none") + (blur > 0) + (enlarge > 1) > 1:
         raise ValueError("give one of --mask, --blur and --enlarge at a time")
     if mask != "none":
-        missing = missing_pixels(mask, size, seed)
+        missing = missing_pixels(mask, size, seed, notify)
         return lambda x: torch.from_numpy(~missing).to(x.device) * x
     if blur:
         from torchvision.transforms.functional import gaussian_blur  # here, since it takes 160 MB
 
-        reach = math.ceil(4 * blur)
         words = f"must be narrow in an image of {size[1]} x {size[0]} pixels"
-        utils.check(0 < reach < min(size), "BLUR", blur, words)
+        utils.check(0 < 4 * blur <= min(size) - 1, "BLUR", blur, words)
+        reach = math.ceil(4 * blur)
         return functools.partial(gaussian_blur, kernel_size=2 * reach + 1, sigma=blur)
     utils.check(enlarge >= 1, "ENLARGE", enlarge, "must be a whole number from 1 on")
     return functools.partial(avg_pool2d, kernel_size=enlarge) if enlarge > 1 else None
 
 
-def missing_pixels(mask, size, seed):
+def missing_pixels(mask, size, seed, notify):
     """Return which pixels a mask hides, bool (H, W): a random share, or what is white in a file."""
     try:
         missing = np.random.default_rng(seed).random(size) < float(mask)
     except ValueError:
         utils.check(Path(mask).is_file(), "MASK", repr(mask), "must be a file or a share, as 0.5")
-        missing = next(utils.read_images(mask)).pixels[0].mean(axis=2) > 0.5
+        white = next(utils.read_images(mask)).pixels[0].mean(axis=2)
+        missing = white > 0.5
+        between = ((white > 0) & (white < 1)).mean()
+        if between:
+            words = "neither black nor white: what is brighter than middle grey is missing"
+            notify(f"mask: {between:.2%} of the pixels are {words}")
     words = f"must have the {size[1]} x {size[0]} pixels of the image"
     utils.check(missing.shape == tuple(size), "MASK", missing.shape[::-1], words)
     utils.check(0 < missing.mean() < 1, "MASK", mask, "must hide some pixels, and not all")
+    notify(f"mask: {missing.mean():.0%} of the pixels are missing")
     return missing
 
 
@@ -179,7 +184,7 @@ def add_noise(x, sigma, rng):
     return (x + sigma * torch.from_numpy(noise).permute(0, 3, 1, 2)).to(x.dtype)
 
 
-def prepare(batch, rng, device):
+def prepare(batch, rng, device, notify):
     """Return y, the noisy images; x0, the clean ones or None; A or None; and sigma or None.
 
     y: (B, C, h, w) on the device, where B counts the frames of all Images of the batch.
@@ -187,7 +192,7 @@ def prepare(batch, rng, device):
     x = torch.from_numpy(np.concatenate([image.pixels for image in batch])).permute(0, 3, 1, 2)
     builtin = batch[0].builtin
     size = [n // ENLARGE * ENLARGE if builtin else n * ENLARGE for n in x.shape[2:]]
-    A = observation(size, MASK, BLUR, ENLARGE, SEED)
+    A = observation(size, MASK, BLUR, ENLARGE, SEED, notify)
     if builtin:
         x0 = x[:, :, : size[0], : size[1]]
         sigma = SIGMA or (0.02 if A else 0.1)
@@ -199,8 +204,8 @@ def prepare(batch, rng, device):
     return y.to(device), x0, A, sigma
 
 
-LOSSY = "higher in brightness than in colour, as in a lossy file: judged by brightness"
-CORRELATED = "correlated between neighbouring pixels: judged at half the size, a rough value"
+_LOSSY = "higher in brightness than in colour, as in a lossy file: judged by brightness"
+_CORRELATED = "correlated between neighbouring pixels: judged at half the size, a rough value"
 
 
 def spread_tiles(y, size=48, rows=3):
@@ -236,7 +241,7 @@ def image_level(network, y, low, high, black=0.0, white=1.0):
     """
     sigma, tiles, denoiser = tile_level(network, y, low, high)
     notes = []
-    for shrink, texture, note in ((1, 0.02, LOSSY), (2, 0.03, CORRELATED)):
+    for shrink, texture, note in ((1, 0.02, _LOSSY), (2, 0.03, _CORRELATED)):
         unit = shrink * math.sqrt(y.shape[1])  # white noise is smaller by this in the mean
         least = max(1.5 * sigma, texture)
         if unit > 1 and least < high and min(y.shape[2:]) >= 64:
@@ -472,8 +477,9 @@ def save_figure(recorded):
 
     recorded: (panels, whether the last is the clean image, frames) for each image.
     """
-    path = Path(OUTPUT, f"{Path(INPUT[0]).stem[:45]}_{METHOD}.jpg")
-    utils.plot_images(path, [row for row, _, _ in recorded], recorded[0][1])
+    path = Path(OUTPUT, f"{Path(INPUT[0]).resolve().stem[:45]}_{METHOD}.jpg")
+    truth = all(known for _, known, _ in recorded)
+    utils.plot_images(path, [row for row, _, _ in recorded], truth)
     utils.save_animation(path.with_suffix(".gif"), [frames for _, _, frames in recorded])
     return path, path.with_suffix(".gif")
 
@@ -491,12 +497,19 @@ def summary(rows):
 
 def check_constants():
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
-    utils.check(SDE in PROCESSES, "SDE", SDE, f"must be one of {', '.join(PROCESSES)}")
-    utils.check(not Path(OUTPUT).suffix, "OUTPUT", OUTPUT, "must name a folder, without a suffix")
-    for name in ("COUNT", "STEPS", "DRAWS", "LANGEVIN_STEPS"):
+    utils.check(SDE in _PROCESSES, "SDE", SDE, f"must be one of {', '.join(_PROCESSES)}")
+    named = OUTPUT and not Path(OUTPUT).suffix
+    utils.check(named, "OUTPUT", repr(OUTPUT), "must name a folder, without a suffix")
+    utils.check(MASK, "MASK", repr(MASK), "must be a file or a share, as 0.5")
+    for name in ("COUNT", "STEPS", "DRAWS", "ENLARGE", "LANGEVIN_STEPS"):
         value = globals()[name]
-        whole = value is None or (value >= 1 and value == int(value))
+        whole = value is None or (isinstance(value, int) and 1 <= value < 2**31)
         utils.check(whole, name, value, "must be a whole number from 1 on")
+    positive = SIGMA is None or 0 < SIGMA < math.inf
+    utils.check(positive, "SIGMA", SIGMA, "must be positive, for pixels in [0, 1], as 25/255")
+    utils.check(0 <= BLUR < math.inf, "BLUR", BLUR, "must be a number of pixels")
+    utils.check(ENLARGE <= 16, "ENLARGE", ENLARGE, "must be at most 16")
+    utils.check(SEED >= 0, "SEED", SEED, "must not be negative")
 
 
 def main():
@@ -507,10 +520,10 @@ def main():
         keywords = {"notify": bar.write, "failures": failures, "output": OUTPUT, "skip": [MASK]}
         images = utils.read_images(INPUT, DATA_DIR, BLACK, WHITE, **keywords)
         for batch in batches(itertools.islice(images, COUNT)):
+            model = load(checkpoint_for(batch[0]), device)
             try:
-                # The network, the noisy images, and their noise level.
-                model = load(checkpoint_for(batch[0]), device)
-                y, x0, A, sigma = prepare(batch, rng, device)
+                # The noisy images, the network, and their noise level.
+                y, x0, A, sigma = prepare(batch, rng, device, bar.write)
                 network = utils.tiled(model, update=bar.update)
                 denoiser = grey(network, y) if y.shape[1] == 1 else network
                 low, high = level_range(model, y)
@@ -527,17 +540,19 @@ def main():
                     denoiser = sde.observed(denoiser, y, A, sigma)
 
                 # Samples, or the one result of a method that does not draw.
+                sampler = sde.adams if denoiser is unchanged else method.sampler
                 for draw in range(number_of_draws(batch[0], A)):
                     noise = utils.seeded_noise(seeds_of(y, draw), device)
                     start = y if A is None else pure_noise(y, A, sigma, levels[0], noise)
                     record = FRAMES - len(recorded) if draw == 0 else 0
                     options = {"levels": levels, "noise": noise, "record": record}
-                    sample = measured(method.sampler, denoiser, start, **options)
+                    sample = measured(sampler, denoiser, start, **options)
                     results.setdefault(METHOD, []).append(sample)
                 variance = uncertainty(denoiser, y, sigma, A, results)
             except ValueError as error:
                 failures += batch
-                bar.write(f"'{batch[0].name}' is left out: {error}")
+                for image in batch:
+                    bar.write(f"'{image.name}' is left out: {error}")
                 continue
 
             for image, mine, noisy, truth, spread in each_of(batch, results, y, x0, variance):
@@ -549,13 +564,14 @@ def main():
                     recorded.append((row, truth is not None, mine[METHOD][0].frames))
                 if not image.builtin:
                     bar.write(f"wrote {' '.join(map(str, paths))}")
+        more = next(images, None)
+        if more and not more.builtin:
+            bar.write(f"only the first {COUNT} images were denoised: --count sets how many")
     if not rows:
         raise ValueError(f"nothing was denoised of {' '.join(INPUT)}")
     print(utils.table(summary(rows)))
-    if recorded:
-        print(
-            f"wrote the results to '{OUTPUT}', with {' and '.join(map(str, save_figure(recorded)))}"
-        )
+    figures = " and ".join(map(str, save_figure(recorded))) if recorded else ""
+    print(f"wrote the results to '{OUTPUT}'" + f", with {figures}" * bool(figures))
     if failures:
         sys.exit(1)
 

@@ -266,7 +266,7 @@ def _find_files(sources, notify, output, skip):  # -> [(name, path)]; both "samp
         notify(f"{others.total()} other files are not read: {kinds}")
     files = [(name, path) for name, path in files if Path(path).resolve() not in skip]
     if output:
-        _check_results([Path(source).stem for source in sources], files, output)
+        _check_results([Path(source).resolve().stem for source in sources], files, output)
     return files
 
 
@@ -352,7 +352,7 @@ def _read_npy(path):  # -> (N, H, W, C), nothing, shape of the array
 
 
 def _read_animation(path):  # -> (N, H, W, 4), or None where there are no several frames
-    """Read the frames of a GIF, WebP or PNG, of which OpenImageIO reads the changes or the first."""
+    """Read the frames of a GIF, WebP or PNG, which OpenImageIO does not put together."""
     from PIL import Image as PIL
     from PIL import ImageSequence
 

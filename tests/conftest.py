@@ -2,10 +2,12 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import denoise
+import sde
 import utils
 from model import ScoreModel
 
@@ -44,7 +46,7 @@ def run(tmp_path, monkeypatch, capfd, checkpoint):
             found = stop.code
         out, err = capfd.readouterr()
         err = "".join(line for line in err.splitlines(True) if not line.startswith("libpng "))
-        assert found == code, out + err
+        assert found == code or found in np.atleast_1d(code), out + err
         return out, err
 
     yield run_once
@@ -55,3 +57,13 @@ def run(tmp_path, monkeypatch, capfd, checkpoint):
 def lowest(monkeypatch):
     """Let the lowest noise level be found in every image."""
     monkeypatch.setattr(denoise, "image_level", lambda network, y, low, *rest: (low, []))
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """Leave out what takes long: figures, maps, and the samplers' part of an observation."""
+    monkeypatch.setattr(utils, "save_map", lambda path, variance, title: None)
+    monkeypatch.setattr(denoise, "save_figure", lambda recorded: ())
+    monkeypatch.setattr(denoise, "posterior_mean", lambda denoiser, y, A, sigma: denoiser(y, sigma))
+    monkeypatch.setattr(sde, "fill", lambda y, A, sigma, like: like)
+    monkeypatch.setattr(sde, "observed", lambda denoiser, y, A, sigma: denoiser)
