@@ -553,13 +553,17 @@ def test_a_training_saves_every_some_minutes(tmp_path, data):
         clock.seconds += 30
         return clock.seconds
 
-    steps = []
+    saved = []
+
+    def save(run, *files):
+        saved.append((run["step"], round(3600 * run["hours"])))
+
     with (
-        mock.patch.object(train_score, "save", lambda run, *files: steps.append(run["step"])),
+        mock.patch.object(train_score, "save", save),
         mock.patch.object(train_score, "time", SimpleNamespace(perf_counter=perf_counter)),
     ):
         train(tmp_path, DATA=str(data / "images.npy"), SAVE_MINUTES=1.25, CROP=4, EPOCHS=2)
-    assert steps == [3, 6, 9, 12, 12]
+    assert saved == [(step, 30 * step) for step in (3, 6, 9, 12, 12)]
 
 
 def test_a_folder_loses_what_is_small_or_broken(tmp_path):
