@@ -1,59 +1,93 @@
-"""The statistics that certify draws, the comparisons, and that each table and figure can be made."""
+"""The statistics that certify samples, the comparisons, and that every table can be made."""
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import certify
-import mutations
 import numpy as np
+import photographs
 import pytest
 import torch
-from PIL import Image
 
-import observations
-import pictures
 import utils
 from model import ScoreModel, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
+C, S = 0.3, 0.2  # deviation of the prior N(0.5, C^2) of each value, and the noise level
 
 
 def normal(*shape, seed):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_exact_draws_pass_their_certification():
-    # Independent pixels N(0.5, c^2): draws from the known posterior, so every statistic is known, to 4 standard errors.
-    c, sigma, n, shape = 0.3, 0.2, 19, (40, 3, 16, 16)
-    x0 = 0.5 + c * normal(*shape, seed=0)
-    y = x0 + sigma * normal(*shape, seed=1)
-    mean, std = 0.5 + c**2 / (c**2 + sigma**2) * (y - 0.5), c * sigma / math.sqrt(c**2 + sigma**2)
-    found = certify.statistics(mean + std * normal(n, *shape, seed=2), x0, y, mean, sigma)
-    assert abs(found["error of a draw"] - 2) < 4 * found["±"] and found["±"] < 0.05
+class White:
+    """The posterior mean for independent values N(0.5, c^2), with the range of a network."""
+
+    sigma_min, sigma_max = 0.005, 20.0
+
+    def __init__(self, c=C):
+        self.c = c
+
+    def __call__(self, x, sigma):
+        variance = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1) ** 2
+        return 0.5 + self.c**2 / (self.c**2 + variance) * (x - 0.5)
+
+
+@pytest.fixture
+def posterior():
+    """Clean and noisy images, mean and deviation of p(x0 | y)."""
+    x0 = 0.5 + C * normal(40, 3, 16, 16, seed=0)
+    y = x0 + S * normal(40, 3, 16, 16, seed=1)
+    return x0, y, 0.5 + C**2 / (C**2 + S**2) * (y - 0.5), C * S / math.hypot(C, S)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What is saved as a figure, or shown as images: {name of the file: figure or rows}."""
+    saved = {}
+    monkeypatch.setattr(
+        utils, "save_figure", lambda path, figure: saved.update({path.stem: figure})
+    )
+    rows = lambda path, rows, *rest, **options: saved.update({path.stem: rows})  # noqa
+    monkeypatch.setattr(utils, "plot_images", rows)
+    return saved
+
+
+def test_exact_samples_pass_their_certification(posterior):
+    x0, y, mean, deviation = posterior
+    found = certify.statistics(mean + deviation * normal(19, *x0.shape, seed=2), x0, y, mean, S)
+    assert abs(found["error"] - 2) < 4 * found["±"] and found["±"] < 0.05
     assert abs(found["of the mean"] - 1) < 0.02
-    pixels = x0.numel()
-    assert abs(found["in 50%"] - 0.5) < 4 * 0.5 / math.sqrt(pixels) and abs(found["in 90%"] - 0.9) < 4 * 0.3 / math.sqrt(pixels)
-    assert abs(found["(y - draw) / sigma"] - 1) < 0.01 and abs(found["its lag 1"]) < 4 / math.sqrt(pixels)
-    narrow = certify.statistics(mean + 0.9 * std * normal(n, *shape, seed=2), x0, y, mean, sigma)
-    assert narrow["error of a draw"] < 1.9 and narrow["in 90%"] < 0.89
-    assert certify.coverage(normal(5, 2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1), 0.9) is None  # of too few draws
+    n = x0.numel()
+    assert abs(found["in 50%"] - 0.5) < 4 * 0.5 / n**0.5
+    assert abs(found["in 90%"] - 0.9) < 4 * 0.3 / n**0.5
+    assert abs(found["(y - sample) / sigma"] - 1) < 0.01
+    assert abs(found["its lag 1"]) < 4 / n**0.5
+    narrow = mean + 0.9 * deviation * normal(19, *x0.shape, seed=2)
+    found = certify.statistics(narrow, x0, y, mean, S)
+    assert found["error"] < 1.9 and found["in 90%"] < 0.89
 
 
-def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should():
-    # As above, in the middle of the way, where x_s given y is Gaussian, too. The truth itself has another law.
-    c, sigma, s, shape = 0.3, 0.2, 0.14, (40, 3, 16, 16)
-    x0 = 0.5 + c * normal(*shape, seed=0)
-    y = x0 + sigma * normal(*shape, seed=1)
-    share = (c**2 + s**2) / (c**2 + sigma**2)
-    states = 0.5 + share * (y - 0.5) + math.sqrt(share * (sigma**2 - s**2)) * normal(19, *shape, seed=2)
-    pixels = x0.numel()
+def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should(posterior):
+    # In the middle of the way x_s given y is Gaussian, too. The truth itself has another law.
+    x0, y, _, _ = posterior
+    s = 0.14
+    share = (C**2 + s**2) / (C**2 + S**2)
+    deviation = math.sqrt(share * (S**2 - s**2))
+    states = 0.5 + share * (y - 0.5) + deviation * normal(19, *x0.shape, seed=2)
+    of_truth = certify.state_of(x0, y, S, s, 3)
     for size, error in ((0.5, 0.5), (0.9, 0.3)):
-        held = certify.coverage(states, certify.state_of(x0, y, sigma, s, 3), size)
-        assert abs(held - size) < 4 * error / math.sqrt(pixels) < abs(certify.coverage(states, x0, size) - size)
+        held = certify.coverage(states, of_truth, size)
+        assert abs(held - size) < 4 * error / x0.numel() ** 0.5
+        assert abs(certify.coverage(states, x0, size) - size) > 0.01
+
+
+def test_intervals_of_too_few_samples_are_refused():
+    with pytest.raises(ValueError, match="5 samples"):
+        certify.coverage(normal(5, 2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1), 0.9)
 
 
 def test_the_ratios_standard_error_is_that_of_repetitions():
@@ -65,117 +99,269 @@ def test_the_ratios_standard_error_is_that_of_repetitions():
 def test_the_field_has_its_own_denoiser():
     # Of all linear denoisers the Wiener filter has the least error: scaled either way it has more.
     x0, denoiser = certify.gaussian_field((8, 3, 32, 32), 0, "cpu")
-    y = x0 + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    error = lambda sigma: ((denoiser(y, sigma) - x0) ** 2).mean()  # noqa: E731
-    assert error(0.1) < error(0.08) and error(0.1) < error(0.125) and abs(x0.std() / 0.25 - 1) < 0.3
+    y = x0 + 0.1 * certify.unit_noise(x0, 1)
+    errors = [((denoiser(y, sigma) - x0) ** 2).mean() for sigma in (0.08, 0.1, 0.125)]
+    assert errors[1] < min(errors[0], errors[2]) and abs(x0.std() / 0.25 - 1) < 0.3
+
+
+def test_all_samplers_are_certified_and_white_priors_have_white_samples(monkeypatch, figures):
+    monkeypatch.setattr(certify, "SAMPLES", 19)
+    monkeypatch.setattr(certify, "FEW_SAMPLES", 2)
+    x0 = 0.5 + C * normal(10, 3, 8, 8, seed=0)
+    y = x0 + S * normal(10, 3, 8, 8, seed=1)
+    rows = {row["sampler"]: row for row in certify.certify(White(), y, x0, S, 0.005)}
+    exact = 2 - 0.005**2 / (1 / (1 / C**2 + 1 / S**2))
+    assert abs(rows["*exact*"]["error"] - exact) < 1e-3 and len(rows) == len(certify.SAMPLERS) + 2
+    for label in certify.SAMPLERS:
+        assert abs(rows[label]["error"] - exact) < 0.15, label
+    assert abs(rows["its *state* before the last step"]["in 50%"] - 0.5) < 0.04
+    inside = certify.certify_jacobian(White(), y, x0, S, 2)
+    assert abs(inside["in 50%"] - 0.5) < 0.04 and abs(inside["in 90%"] - 0.9) < 0.03
+    table = certify.summary({S: (list(rows.values()), list(rows.values()))})
+    assert table[1]["error at 0.2"].startswith(f"{table[1]['of the field, 0.2']:.3f} ± ")
+    certify.study_forgetting(Path("forgetting.png"), White(), y, x0, S)
+    lines = {line.get_label(): line.get_xydata() for line in figures["forgetting"].axes[0].lines}
+    assert lines["plain Langevin (the recipe)"][:, 0].tolist() == [20, 40, 80, 160, 320]
+    assert (
+        abs(lines["with the pull of y"][-1, 1] - 2) < 0.15
+        and lines["corrections as published"][-1, 1] > 2.5
+    )
+
+
+def test_samples_from_nothing_have_the_power_of_the_prior(figures):
+    x0 = 0.5 + C * normal(16, 3, 16, 16, seed=0)
+    for row in certify.study_nothing(Path("nothing.png"), White(), x0, "cpu"):
+        assert abs(row["brightness above"] - 1) < 0.12, row
+        assert abs(row["red - blue above"] - 1) < 0.12, row
+    pale = x0.mean(1, keepdim=True) + 0.5 * (x0 - x0.mean(1, keepdim=True))
+    share = certify.spectrum(pale, pale) / certify.spectrum(x0, x0)
+    torch.testing.assert_close(share, torch.tensor([[1.0] * 3, [0.25] * 3]).double())
+    assert len(np.unique(figures["nothing"].axes[0].images[0].get_array())) > 200
 
 
 def test_the_wiener_filter_is_a_gaussians_posterior_mean():
-    images = torch.randint(256, (1500, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1500, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     images[:, 1] = images[:, 0]  # two channels that always agree
-    x = images.flatten(1).double().numpy() / 255
+    x = images.flatten(1).double().numpy()
     y = np.random.default_rng(0).normal(0.5, 0.3, (7, 12))
     covariance = np.cov(x.T, bias=True)
-    expected = x.mean(0) + (y - x.mean(0)) @ np.linalg.solve(covariance + 0.2**2 * np.eye(12), covariance)
-    result = benchmark.wiener_filter(images)(torch.from_numpy(y).view(7, 3, 2, 2), 0.2)
-    np.testing.assert_allclose(result.flatten(1), expected, atol=1e-5)
+    pull = np.linalg.solve(covariance + 0.2**2 * np.eye(12), covariance)
+    denoiser = benchmark.wiener_filter(images)
+    result = denoiser(torch.from_numpy(y).view(7, 3, 2, 2), 0.2)
+    np.testing.assert_allclose(result.flatten(1), x.mean(0) + (y - x.mean(0)) @ pull, atol=1e-5)
+    with pytest.raises(ValueError, match="3, 4, 4"):
+        denoiser(torch.zeros(1, 3, 4, 4), 0.2)
 
 
-def test_the_mirror_image_is_turned_back():
-    y = normal(2, 3, 5, 5, seed=0)
-    torch.testing.assert_close(benchmark.mirrored(lambda x, sigma: x * sigma)(y, 0.5), y / 2)
-    ramp = torch.arange(5.0)
-    torch.testing.assert_close(benchmark.mirrored(lambda x, sigma: x + ramp)(y, 0.5), y + 2)
+def test_bits_per_dimension_are_the_entropy_of_a_gaussian():
+    x0 = (255 * (0.5 + C / 3 * normal(100, 3, 16, 16, seed=0))).round() / 255
+    levels, c = torch.tensor(benchmark.LEVELS).double(), C / 3
+    lowest = White(c)(x0 + 0.005 * normal(*x0.shape, seed=1), 0.005) - x0
+    errors = (1 / (1 / c**2 + 1 / levels**2)).sqrt()[:, None, None, None, None] + 0 * x0
+    curve = benchmark.bits_per_dimension(levels, errors, x0)[0]
+    known = [math.log2(1 + c**2 / s**2) / 2 for s in (0.005, 20.0)]
+    assert (curve - (known[0] - known[1])).abs().max() < 0.005
+    errors[0] = lowest
+    _, rounding, start = benchmark.bits_per_dimension(levels, errors, x0).mean(1)
+    assert abs(start - c**2 / 20**2 / 2 / math.log(2)) < 1e-6
+    entropy = math.log2(255 * c * math.sqrt(2 * math.pi * math.e))
+    assert -0.01 < curve.mean() + rounding + start - entropy < 0.03
 
 
-def test_operations_are_those_of_a_convolution():
-    layer, x = torch.nn.Conv2d(8, 16, 3, padding=1), torch.zeros(2, 8, 5, 5)
-    assert benchmark.operations(lambda: layer(x)) == 2 * 9 * 8 * 16 * 25 * 2
+def test_what_is_expected_of_a_gaussian_is_its_posterior_variance():
+    x0 = 0.5 + C * normal(7, 3, 16, 16, seed=0)
+    y = x0 + S * normal(7, 3, 16, 16, seed=1)
+    expected, true = benchmark.expected_errors(White(), y, x0, S, "cpu", probes=2)
+    known = -10 * math.log10(1 / (1 / C**2 + 1 / S**2))
+    torch.testing.assert_close(expected, torch.full_like(expected, known), atol=1e-5, rtol=0)
+    assert (true - known).abs().max() < 4 * 4.34 * math.sqrt(2 / x0[0].numel())
 
 
-def test_splitting_weighs_what_is_seen_against_the_prior():
-    # x = argmin |y - x|^2 / sigma_y^2 + strength |x - z|^2 / s^2 where seen, and z elsewhere; the network doubles.
-    start = 0.5 + 0.1 * normal(2, 3, 8, 8, seed=0)
-    A, y = observations.observe("half of the pixels", start, 0.1, 0)
-    seen = A(torch.ones_like(start))
-    weights = seen / 0.1**2, 0.23 / torch.ones_like(start)
-    expected = 2 * (weights[0] * y + weights[1] * start) / sum(weights)
-    found = observations.splitting(lambda x, sigma: 2 * x, start, A, y, 0.1, 0.23, steps=1)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+def test_results_do_not_depend_on_the_batch(monkeypatch):
+    y = normal(5, 3, 4, 4, seed=0)
+    found = []
+    for module, batch in ((benchmark, 2), (benchmark, 5), (certify, 5), (certify, 10)):
+        monkeypatch.setattr(module, "BATCH", batch)
+        if module is benchmark:
+            found.append(benchmark.in_batches(lambda y, noise: y + noise(y), y, "cpu"))
+        else:
+            found.append(certify.posterior_samples(lambda y, noise: y + noise(y), y, 2))
+    assert found[0].equal(found[1]) and found[2].equal(found[3]) and found[0].equal(found[2][0])
+    assert not found[2][0].equal(found[2][1])
 
 
-def test_classical_means_restore_a_smooth_picture_without_noise():
-    wave = torch.linspace(0, 3, 32).sin()
-    x0 = (0.5 + 0.3 * wave[:, None] * wave).expand(1, 3, 32, 32)
-    for name in observations.OBSERVATIONS:
-        _, y = observations.observe(name, x0, 1e-6, 0)
-        for label, tried in observations.classical(name, y).items():
-            assert max(utils.psnr(images, x0).item() for images in tried) > 40, label
+def test_a_time_is_the_shortest_after_the_first(monkeypatch):
+    clock = iter([0, 1, 10, 14, 20, 23, 30, 35])  # calls of 1, 4, 3 and 5 seconds
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(benchmark, "SECONDS", 7.0)
+    assert benchmark.seconds_of(torch.device("cpu"), lambda: None) == 3
 
 
-def test_every_file_that_the_readme_names_is_there():
-    named = re.findall(r"(?:figures|checkpoints|tests)/\w+\.\w+", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert "figures/langevin.png" in named
-    for name in named:
-        assert (ROOT / name).is_file(), name
+# -----------------------------------------------------------------------------
+# Photographs
+# -----------------------------------------------------------------------------
 
 
-def test_every_wrong_change_has_one_place_in_the_code():
-    for change in mutations.changes():
-        assert (ROOT / change.file).read_text(encoding="utf-8").count(change.right) == 1, change.what
-        assert change.right != change.wrong
+class Towards(torch.nn.Module):
+    """A denoiser that leaves a share of what differs from 0.5, with the range of a network."""
+
+    sigma_min, sigma_max = 0.005, 20.0
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x, sigma):
+        return 0.5 + self.share * (x - 0.5)
 
 
-def test_grey_photographs_are_denoised_as_grey():
-    (row,) = pictures.grey_rows(load_model(utils.find("checkpoints/score_cifar10.pt")), [0.1], 0, size=64)
-    assert row["network, PSNR dB"] > row["as if it were coloured"] + 3 and row["gain dB"] > 0.7
+def test_two_networks_are_compared_on_the_same_noise():
+    middle = [torch.full((3, 24, 24), 0.5)] * 2
+    models = {"first": Towards(1.0), "second": Towards(0.5)}
+    colour, grey = photographs.network_rows(models, middle, {"0.1": 0.1}, 0)
+    for row in (colour, grey):
+        assert abs(row["gain dB"] - 20 * math.log10(2)) < 1e-4 and row["±"] < 1e-4
+    assert abs(colour["first, PSNR dB"] - 20) < 4 * 4.34 * math.sqrt(2 / (2 * 3 * 24 * 24))
+    assert abs(grey["first, PSNR dB"] - 20) < 4 * 4.34 * math.sqrt(2 / (2 * 24 * 24))
 
 
-@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2])
-def test_lossy_files_cost_little_of_what_is_possible(monkeypatch, sigma):
-    monkeypatch.setattr(pictures, "CODECS", {"JPEG 75": pictures.CODECS["JPEG 75"]})  # the one that smooths most
-    (row,) = pictures.codec_rows(load_model(utils.find("checkpoints/score_cifar10.pt")), [sigma], 0, size=48)
-    assert 0 <= row["mean loss dB"] < 0.3 and row["largest loss dB"] < 1
-    assert row["best PSNR dB"] > {0.05: 30, 0.1: 27, 0.2: 23}[sigma]
+def test_levels_found_are_those_added():
+    images = [(0.5 + 0.1 * normal(3, 64, 64, seed=i)).float() for i in range(2)]
+    for row in photographs.level_rows(White(0.1), images, (0.05,), 0):
+        assert abs(row["median"] - 1) < 0.03 and row["within 8%"] == 1
+        assert row["least"] <= row["median"] <= row["most"]
 
 
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    """A folder with untrained networks and a few patches."""
-    folder = tmp_path_factory.mktemp("networks")
-    for name, model in (
-        ("cnn3", ScoreModel("cnn3", 0.1, 0.1)),
-        ("unet", ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1))),
-    ):
-        utils.save_checkpoint(folder / f"{name}.pt", {"config": model.config, "weights": model.state_dict(), "info": {}})
-    np.save(folder / "patches.npy", utils.read_patches("samples")[:40].permute(0, 2, 3, 1).numpy())
-    return folder
+def test_files_in_memory_are_those_formats():
+    y = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for name, (form, options) in photographs.CODECS.items():
+        errors[name] = (photographs.through(y, form, options) - y).abs().mean().item()
+    assert errors["PNG"] < 0.51 / 255 < 2 / 255 < errors["JPEG 95"] < errors["JPEG 75"]
 
 
-@pytest.mark.parametrize(
-    "script, line, words, figures",
-    [
-        ("benchmark.py", "--study-count 2 --step-sizes 1e-3 1e-2 --steps 2", "means|200 steps|U-Net, one step", ["langevin"]),
-        ("benchmark.py", "--table levels --levels 0.1 0.5 --train patches.npy", "0.1|0.5|float32, gain", ["levels"]),
-        ("benchmark.py", "--table noise --noise-levels 0.1", "8 bit|within 4%", []),
-        ("benchmark.py", "--table expected", "0.05|correlation|two maps", ["expected", "uncertainty", "components"]),
-        ("benchmark.py", "--table observations --observed-steps 4", "splitting|biharmonic|Wiener|Lanczos", ["observations.jpg"]),
-        ("benchmark.py", "--table speed --seconds 0.01 --batch 2 --steps 2", "training|network alone|within `adams`", []),
-        (
-            "certify.py",
-            "--sigmas 0.1 --draws 3 --few-draws 2 --observed 2 --observed-steps 4",
-            "exact|`adams`, 20|annealed_langevin|Gaussian random field|half size|error at 0.1",
-            ["forgetting", "dial", "nothing"],
-        ),
-    ],
-)
-def test_every_table_and_figure_can_be_made(networks, tmp_path, script, line, words, figures):
-    line = line.replace("patches.npy", str(networks / "patches.npy"))
-    common = f"--input {networks / 'patches.npy'} --count 3 --checkpoint {networks / 'unet.pt'} --device cpu"
-    common += f" --recipe {networks / 'cnn3.pt'}" if script == "benchmark.py" else ""
-    command = [sys.executable, ROOT / "tests" / script, *common.split(), *line.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in words.split("|")), done.stdout
-    for name in figures:
-        assert Image.open(tmp_path / "figures" / (name if "." in name else f"{name}.png")).width > 500
+def test_the_shipped_network_denoises_grey_images_and_lossy_files():
+    model = load_model("checkpoints/score_cifar10.pt")
+    crops = [utils.crop(photographs.read("photographs", "", 5)[1], 48)]
+    (row,) = photographs.grey_rows(model, crops, [0.1], 0)
+    assert row["network, PSNR dB"] > row["as if in colour, PSNR dB"] + 2 and row["gain dB"] > 0
+    for row in photographs.codec_rows(model, crops, [0.1], 0)[:2]:
+        assert 0 <= row["mean loss dB"] < 0.3 and row["best PSNR dB"] > 27
+        assert row["largest loss dB"] >= row["mean loss dB"]
+
+
+def test_images_come_whole_or_as_their_middle(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3 * 6 * 8 * 3, dtype=np.uint8).reshape(3, 6, 8, 3))
+    whole = photographs.read(tmp_path, "", 2)
+    assert len(whole) == 2 and whole[1].shape == (3, 6, 8)
+    crops = benchmark.read_crops(tmp_path, "", 2, 4)
+    assert crops[1].equal(whole[1][:, 1:5, 2:6])
+    np.save(tmp_path / "b.npy", np.zeros((5, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="differ in size"):
+        benchmark.read_crops(tmp_path, "", 9, 8)
+
+
+# -----------------------------------------------------------------------------
+# Tables and figures
+# -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Return a function that runs a script with untrained networks on three small images."""
+    networks = {"cnn3": ScoreModel("cnn3", 0.1, 0.1)}
+    networks["unet"] = ScoreModel("unet", 0.005, 20.0, (8, 8), (1, 1), (0, 0))
+    for name, model in networks.items():
+        checkpoint = {"config": model.config, "weights": model.state_dict(), "info": {}}
+        utils.save_checkpoint(tmp_path / f"{name}.pt", checkpoint)
+    images = np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+
+    def run(module, line):
+        constants = vars(module)
+        for name, value in utils.options(constants).items():
+            monkeypatch.setattr(module, name.upper(), value)
+        options = f"--input {tmp_path}/images.npy --count 3 --checkpoint {tmp_path}/unet.pt {line}"
+        options = options.replace("TMP", str(tmp_path)) + f" --device cpu --figures {tmp_path}"
+        utils.set_options(constants, options.split())
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_results_are_of_each_denoiser_and_langevin_runs_start_at_the_noisy_image(run, figures):
+    out = run(benchmark, "--recipe TMP/cnn3.pt --study-count 2 --step-sizes 1e-3 1e-2 --steps 2")
+    rows = re.findall(r"^\| (\S.*?) +\| +([\d.]+) ", out, re.MULTILINE)
+    assert len(rows) == 9 and rows[0][0] == "noisy" and rows[-1][0] == "**U-Net, one step**"
+    x0 = benchmark.crops()
+    assert abs(float(rows[0][1]) - benchmark.mean_psnr(benchmark.noisy(x0, 0.1), x0)) < 0.01
+    lines = figures["langevin"].axes[0].lines
+    noisy = benchmark.mean_psnr(benchmark.noisy(x0, 0.1)[:2], x0[:2])
+    for line in lines[:4]:
+        assert abs(line.get_ydata()[0] - noisy) < 1e-4
+    np.testing.assert_allclose(lines[0].get_xdata(), 1e-3 * np.arange(40))
+
+
+def test_levels_have_their_gains_and_bits(run, figures):
+    out = run(benchmark, "--table levels --levels 0.05 0.1 0.5 --train TMP/images.npy")
+    table = np.array(re.findall(r"^\| (0\.\d+) +\| +(\S+) \| +(\S+) \| +(\S+) ", out, re.MULTILINE))
+    sigma, _, wiener, one_step = table.astype(float).T
+    line = figures["levels"].axes[0].lines[0]
+    np.testing.assert_allclose(line.get_xdata(), sigma)
+    np.testing.assert_allclose(line.get_ydata(), one_step - wiener, atol=0.011)
+    assert "bits per dimension, at most: " in out
+
+
+def test_what_is_expected_is_plotted_over_what_is_true(run, figures, monkeypatch):
+    monkeypatch.setattr(benchmark.plot_uncertainty, "__defaults__", (3, 2))
+    out = run(benchmark, "--table expected --steps 2")
+    true = [float(value) for value in re.findall(r"^\| 0\.\d+ +\| +(\S+) ", out, re.MULTILINE)]
+    for axes, mean in zip(figures["expected"].axes, true):
+        assert abs(axes.lines[1].get_xdata().mean() - mean) < 0.01
+        assert axes.get_xlim() == axes.get_ylim() and axes.get_box_aspect() == 1
+    panels = figures["uncertainty"].axes
+    assert len(panels) == 3 * 5 + 1  # the last is the colour bar
+    error = panels[4].images[0].get_array()
+    one_step = panels[1].images[0].get_array() / 255
+    x0 = benchmark.crops()[0].permute(1, 2, 0).numpy()
+    assert np.corrcoef(error.ravel(), ((one_step - x0) ** 2).mean(2).ravel() ** 0.5)[0, 1] > 0.9
+    row = {title: image for title, image, _ in figures["components"][1]}
+    along = row["+2 deviations"] - row["-2 deviations"]
+    direction = row["direction"] - 0.5
+    assert torch.corrcoef(torch.stack([along.flatten(), direction.flatten()]))[0, 1] > 0.999
+    assert row["one step"].allclose((row["+1 deviations"] + row["-1 deviations"]) / 2, atol=1e-5)
+    assert {note for _, _, note in figures["components"][1]} == {"", "direction 2"}
+
+
+def test_times_are_printed_for_each_size(run, monkeypatch):
+    monkeypatch.setattr(benchmark, "seconds_of", lambda device, function, *arguments: 1.5)
+    out = run(benchmark, "--table speed --megapixels 0.01 0.02")
+    assert out.count("1.50") == 5 and "1 of 0.02 megapixels" in out
+
+
+def test_observations_have_a_row_for_each_method_and_a_labelled_row_of_the_figure(run, figures):
+    out = run(benchmark, "--table observations --observed-steps 3 --sigma-y 0.03")
+    for name in benchmark.observations.OBSERVATIONS:
+        assert out.count(f"| {name} ") == 5 * (1 + (name in benchmark.observations.TYPICAL))
+    rows = figures["observations"]
+    assert [row[0][2] for row in rows] == list(benchmark.observations.OBSERVATIONS)
+    assert all(row[-1][1].equal(benchmark.crops()[0]) for row in rows)
+
+
+def test_certification_prints_its_tables(run, figures, monkeypatch):
+    few = {label: certify.SAMPLERS[label] for label in list(certify.SAMPLERS)[:2]}
+    monkeypatch.setattr(certify, "SAMPLERS", few)
+    out = run(certify, "--sigmas 0.1 --samples 3 --observed 2 --observed-steps 3 --nothing 2")
+    assert out.count("| `adams`, 10") == 3 and "| half of the pixels " in out
+    assert "x0 + 0.3 n" in out and set(figures) == {"forgetting", "nothing"}
+
+
+def test_every_figure_is_shown_and_every_file_named_is_there():
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tests/README.md")]
+    named = set(re.findall(r"(?:figures|checkpoints|tests)/\w+\.\w+", " ".join(texts)))
+    assert all((ROOT / name).is_file() for name in named), named
+    for path in (ROOT / "figures").iterdir():
+        assert path.name.endswith("_training.png") or f"figures/{path.name}" in named, path.name
+    tables = set(re.findall(r"--table (\w+)", texts[1]))
+    assert tables | {"results"} == set(benchmark.TABLES)
