@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 import train_score
@@ -850,6 +851,12 @@ def test_a_wrong_option_is_refused_in_one_line(data, tmp_path, wrong, words):
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
 def test_the_first_and_the_last_seed_are_taken(data, tmp_path, seed):
     train(tmp_path, DATA=str(data / "images.npy"), SEED=seed, CROP=4, EPOCHS=1)
+
+
+def test_cifar10_without_network_or_data_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere/cifar-10-python.tar.gz")
+    with pytest.raises(OSError, match="connect to the network"):
+        train(tmp_path, DATA="cifar10")
 
 
 # -----------------------------------------------------------------------------
