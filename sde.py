@@ -19,11 +19,13 @@ and returns its state.
 
 import functools
 from itertools import pairwise
-from math import exp, expm1, inf, log, pi, sqrt
+from math import ceil, exp, expm1, inf, log, pi, sqrt
 
 import torch
+from torch.nn.functional import pad
 
 LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
+BLOCK = 256  # pixels; the prior of observations takes larger images in blocks of at most this side
 
 # -----------------------------------------------------------------------------
 # Linear SDEs and noise levels
@@ -383,7 +385,7 @@ def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.r
 
 @torch.no_grad()
 def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=16, tolerance=2e-3):
-    """Return the noise level, (B,), within [low, high] that makes each image y most likely under p_s.
+    """Return the noise level, (B,), in [low, high], that makes each y most likely under p_s.
 
     With J = dD/dy, d log p_s(y) / ds = 0 is  |y - D|^2 = s^2 tr(I - J).  Fisher's scoring finds s:
 
@@ -392,16 +394,16 @@ def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=
     in one step where the prior is white. A step out of the bracket of known levels goes to the
     bracket's geometric middle. The search starts at the level of a flat image with such differences
     of neighbours. Traces are means over `probes` fixed random vectors v of signs, and J v is a
-    difference of two network calls (Ramani, Blu, Unser 2008): 1 + probes calls an iteration, 2 to 10
-    iterations. Up to the tolerance an estimate depends on its image alone, not on the batch.
+    difference of two network calls (Ramani, Blu, Unser 2008): 1 + probes calls an iteration, and
+    2 to 10 iterations. Up to the tolerance an estimate depends on its image alone.
 
     Values that do not show the noise as it was are left out of all sums:
-        outliers   where the residual y - D is beyond 6 s; y itself goes through `cut_extremes`
-        clipping   where D is within 1.5 s of 0 or 1, if over 1 in 1000 values of y are exactly 0 or 1
+        outliers   y - D beyond 6 s, in less than a tenth of an image; see also `cut_extremes`
+        clipping   D within 1.5 s of 0 or 1, if over 1 in 1000 values of y are exactly 0 or 1
     Where nothing is left, low comes back.
 
-    together: all images share one level (tiles of one image). The standard error of s is, but for the
-    probes, s / sqrt(2 tr((I - J)^2)). Raises ValueError unless 0 < low <= high.
+    together: all images share one level (tiles of one image). The standard error of s is, but for
+    the probes, s / sqrt(2 tr((I - J)^2)). Raises ValueError unless 0 < low <= high.
     """
     _check(0 < low <= high, "the levels to search must be 0 < low <= high", (low, high))
 
@@ -418,8 +420,8 @@ def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=
     for _ in range(iterations):
         excess, information = map(mean, _scoring(denoiser, y, s, clipped, probes))
         below, above = torch.where(excess > 0, s, below), torch.where(excess > 0, above, s)
-        new = (s**2 + excess / information).clamp(min=low**2).sqrt()
-        inside = (below < new) & (new < above)
+        new = s * (1 + excess / information / s**2).clamp(min=0).sqrt()
+        inside = (below <= new) & (new <= above)
         new = torch.where(inside, new, (below * above).sqrt()).clamp(low, high)
         new = torch.where(searching, new, s)
         searching, s = (new / s).log().abs() > tolerance, new
@@ -446,7 +448,9 @@ def _scoring(denoiser, y, s, clipped, probes):
     """
     denoised, sigma, step = denoiser(y, s), _per_image(s, y), 0.05 * _per_image(s, y)
     near_an_end = (denoised < 1.5 * sigma) | (denoised > 1 - 1.5 * sigma)
-    kept = ((y - denoised).abs() < 6 * sigma) & ~(clipped.view(-1, 1, 1, 1) & near_an_end)
+    outlier = (y - denoised).abs() > 6 * sigma
+    rare = outlier.double().mean((1, 2, 3), keepdim=True) < 0.1  # else s is too low
+    kept = ~(outlier & rare | near_an_end & clipped.view(-1, 1, 1, 1))
     excess, information = (kept * (y - denoised)) ** 2, 0.0
     rng = torch.Generator().manual_seed(0)
     for _ in range(probes):
@@ -533,12 +537,13 @@ def fill(y, A, sigma_y, like, power=natural_power):
     x = torch.full_like(like, 0.5)
     with torch.inference_mode(False):
         near = _Tangent(A, x.clone())
-    solve = _gaussian_solver(near, power(x), sigma_y, steps=200, tolerance=1e-3)
-    return x + _filter(near.backwards(solve((y - near.value).flatten(1))), power(x))
+    prior = power(_block_of(x))
+    solve = _gaussian_solver(near, prior, sigma_y, steps=200, tolerance=1e-3)
+    return x + _filter(near.backwards(solve((y - near.value).flatten(1))), prior)
 
 
 def observed(
-    denoiser, y, A, sigma_y, power=natural_power, resolution=0.1, tolerance=0.1, iterations=8
+    denoiser, y, A, sigma_y, power=natural_power, resolution=0.03, tolerance=0.1, iterations=8
 ):
     """Return a denoiser that knows y = A(x0) + sigma_y n as well: (x, sigma) -> E[x0 | x, y].
 
@@ -546,10 +551,11 @@ def observed(
         V = Cov[x0 | x] = sigma^2 dD/dx
 
     (moment matching, Rozet et al. 2024), exact where x0 given x is Gaussian and A affine. Another A
-    is linearised at D. Every sampler takes this denoiser as it is.
+    is linearised at D; where it bends within the uncertainty of x0, as clipping does, samples
+    scatter too little or too much. Every sampler takes this denoiser as it is.
 
     The equation is solved by generalised conjugate residuals until its residual is `tolerance` of
-    y - A(D). An iteration takes one network call backwards. Two to five do, since the equation
+    y - A(D). An iteration takes one network call backwards. Two to eight do, since the equation
     is preconditioned by itself with G for V, the covariance of x0 given x under a Gaussian prior
     N(m, power(x)). A network resolves dD/dx to about 0.01; below, not even the sign is right. So
 
@@ -569,7 +575,7 @@ def observed(
 
     def posterior(x, sigma):
         denoised, network_covariance = posterior_covariance(denoiser, x, sigma)
-        variance, prior = _per_image(sigma, x) ** 2, power(x)
+        variance, prior = _per_image(sigma, x) ** 2, power(_block_of(x))
         r = prior / (prior + variance)  # the eigenvalues of dD/dx under the Gaussian prior
         gaussian = variance * r  # and those of its covariance, G
         trust = r / (r + resolution)  # F^2
@@ -601,21 +607,21 @@ def observed(
 
 
 def posterior_mean(denoiser, y, A, sigma_y, like, start=0.5, noise=torch.randn_like):
-    """Return E[x0 | y], y = A(x0) + sigma_y n, like `like` (B, C, H, W), in 24 network calls: the
-    most accurate estimate.
+    """Return E[x0 | y], the most accurate estimate from y = A(x0) + sigma_y n, in 24 network calls.
 
-    An antithetic pair of samples is drawn from a classical fill with noise of level `start`, and
-    two more around its mean. A pair is worth some 30 independent samples. The other arguments are
-    those of `observed` and `fill`.
+    The mean of an antithetic pair of samples is worth some 30 independent samples. The first pair
+    comes from a classical fill plus noise of level `start`, on 4 levels. Four more pairs, on 2
+    levels each, start around the mean of the pair before: each is more accurate than the last.
+
+    like: as in `fill`; noise: for a batch of this size; for the rest see `observed`.
     """
     posterior = observed(denoiser, torch.cat([y, y]), A, sigma_y)
     noise = antithetic(noise)
     mean = fill(y, A, sigma_y, like)
-    around_mean = noise_levels(0.15, 0.05, 3)
-    for levels in (noise_levels(start, 0.04, 6), around_mean, around_mean):
+    for levels in [noise_levels(start, 0.1, 4)] + 4 * [noise_levels(0.15, 0.06, 2)]:
         both = torch.cat([mean, mean])
         pair = adams(posterior, both + levels[0] * noise(both), levels, noise=noise)
-        mean = pair.view(2, *mean.shape).mean(0)
+        mean = pair.unflatten(0, (2, len(y))).mean(0)
     return mean
 
 
@@ -661,7 +667,7 @@ def _stationary_inverse(near, gain, sigma_y, probes=8):
     for _ in range(probes):
         white = torch.randn(near.x.shape[1:], generator=rng).to(near.x).expand_as(near.x)
         response = near.forwards(_filter(white, gain.sqrt())).view_as(near.value)
-        variance = variance + _cosines(response) ** 2 / probes
+        variance = variance + (_cosines(_to_blocks(response)) ** 2).mean(1) / probes
     return lambda r: _filter(r.view_as(near.value), 1 / variance).flatten(1)
 
 
@@ -712,15 +718,39 @@ def _dot(a, b):  # of each image: (B, n), (B, n) -> (B, 1)
 
 
 def _filter(x, gain):
-    """Multiply the discrete cosines of images (B, C, H, W) by gain (C, H, W)."""
-    return _cosines(gain * _cosines(x), inverse=True)
+    """Multiply the discrete cosines of images (B, C, H, W), block by block, by gain (C, h, w).
+
+    gain may also be (B, C, h, w): one for each image.
+    """
+    cosines = gain.unsqueeze(-4) * _cosines(_to_blocks(x))
+    return _from_blocks(_cosines(cosines, inverse=True), x.shape[2:])
 
 
 def _cosines(x, inverse=False):
-    """Return the orthogonal cosine transform of images, over channels, rows and columns."""
-    matrices = [_cosine_matrix(n, x.dtype, x.device) for n in x.shape[1:]]
+    """Return the orthogonal cosine transform over the last three axes, or its inverse."""
+    matrices = [_cosine_matrix(n, x.dtype, x.device) for n in x.shape[-3:]]
     colours, rows, columns = [matrix.T if inverse else matrix for matrix in matrices]
-    return torch.einsum("ij,bjhw->bihw", colours, rows @ x @ columns.T)
+    return torch.einsum("ij,...jhw->...ihw", colours, rows @ x @ columns.T)
+
+
+def _block_of(x):
+    """Return the first block of images: a part of equal parts, with sides of at most BLOCK."""
+    height, width = (ceil(n / ceil(n / BLOCK)) for n in x.shape[2:])
+    return x[:, :, :height, :width]
+
+
+def _to_blocks(x):
+    """Return images (B, C, H, W) as blocks (B, n, C, h, w), with zeros beyond their ends."""
+    h, w = _block_of(x).shape[2:]
+    x = pad(x, (0, -x.shape[3] % w, 0, -x.shape[2] % h))
+    x = x.unflatten(3, (-1, w)).unflatten(2, (-1, h))  # (B, C, rows, h, columns, w)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def _from_blocks(blocks, size):
+    rows = ceil(size[0] / blocks.shape[3])
+    x = blocks.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5)
+    return x.flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1]]
 
 
 @functools.lru_cache(maxsize=8)  # that of a large image is large
