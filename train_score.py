@@ -364,6 +364,30 @@ def start_from(path, model):
     return {k: init.info.get(k, 0) + earlier.get(k, 0) for k in ("images_seen", "hours")}
 
 
+def new_run(model, optimizers, train, earlier):
+    """Return all that a training keeps between steps, and in its file, before the first of them."""
+    run = {
+        "model": model,
+        "average": copy.deepcopy(model),
+        "step": 0,
+        "images_seen": 0,
+        "hours": 0.0,
+        "losses": [],  # [images seen, mean loss since the one before], ...
+        "loss_sum": 0.0,  # since the last of them, over
+        "loss_steps": 0,  # so many steps
+        "psnrs": [],  # [images seen, {noise level: PSNR in dB of the average}], ...
+        "val_psnr": {},  # the last of them
+        "test_psnr": {},
+        "training_images": len(train),
+        "checksum": zlib.crc32(train.pixels.cpu().numpy()),
+        "options": utils.options(globals()),
+        "earlier": earlier,  # the images and hours that made the checkpoint it started from
+        "hardware": "",
+        "torch": str(torch.__version__),
+    }
+    return run | {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
+
+
 def files_of(name):
     """Return what a training writes: network, what it goes on from, figure and numbers of it."""
     checkpoints = [Path("checkpoints", f"{name}{suffix}") for suffix in (".pt", "_resume.pt")]
@@ -516,23 +540,16 @@ def main():
     bfloat16 = utils.pick_bfloat16(PRECISION, device)
     low, high = SIGMAS[0], SIGMAS[-1]
     torch.manual_seed(SEED)
+    torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest
     model = ScoreModel(NETWORK, low, high, WIDTHS, BLOCKS, ATTENTION, autocast=bfloat16).to(device)
     earlier = start_from(INIT, model) if INIT != "none" else {}
-    average = copy.deepcopy(model)
     optimizers = make_optimizers(model, OPTIMIZER, LR)
     train, val, test = read_data(device)
+    run = new_run(model, optimizers, train, earlier)
     val_sigmas = [s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if low <= s <= high] or [high]
     steps = math.ceil(EPOCHS * len(train) / BATCH_SIZE)
     log_steps = max(1, min(100, steps // 10))
     val_steps = max(1, steps // min(100, max(10, EPOCHS)))
-
-    # All that is kept between steps, and in the file from which a training goes on.
-    run = {"model": model, "average": average, "step": 0, "images_seen": 0, "hours": 0.0}
-    run |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
-    run |= {"losses": [], "loss_sum": 0.0, "loss_steps": 0, "psnrs": [], "val_psnr": {}}
-    run |= {"test_psnr": {}, "options": utils.options(globals()), "earlier": earlier}
-    run |= {"training_images": len(train), "checksum": zlib.crc32(train.pixels.cpu().numpy())}
-    run |= {"hardware": "", "torch": str(torch.__version__)}
     files = files_of(NAME)
 
     with utils.locked(*files) if rank == 0 else contextlib.nullcontext():
@@ -564,7 +581,7 @@ def main():
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = learning_rate(run["step"], steps, LR, DECAY)
                 optimizer.step()
-            update_average(average, model, run["step"], EMA)
+            update_average(run["average"], model, run["step"], EMA)
 
             run["step"] += 1
             run["images_seen"] += BATCH_SIZE
@@ -575,7 +592,7 @@ def main():
             if run["step"] % log_steps == 0:
                 log_loss(run, BATCH_SIZE, bar)
             if rank == 0 and (run["step"] % val_steps == 0 or run["step"] == steps):
-                run["val_psnr"] = validate(average, val, val_sigmas)
+                run["val_psnr"] = validate(run["average"], val, val_sigmas)
                 run["psnrs"].append([run["images_seen"], run["val_psnr"]])
                 say(f"step {run['step']}: validation {in_words(run['val_psnr'])}")
             if rank == 0 and run["hours"] - saved > SAVE_MINUTES / 60:
@@ -585,7 +602,7 @@ def main():
         bar.close()
         if rank == 0:
             if run["step"] >= steps and test is not None:
-                run["test_psnr"] = validate(average, test, val_sigmas)
+                run["test_psnr"] = validate(run["average"], test, val_sigmas)
                 say(f"test {in_words(run['test_psnr'])}")
             save(run, *files)
         if run["step"] < steps:

@@ -607,6 +607,7 @@ def test_a_training_stopped_between_any_steps_ends_the_same(trained, data, tmp_p
     assert 5 < ended["hours"] < 5.1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there, signals end a process at once")
 def test_a_training_killed_while_it_runs_goes_on(trained, data, tmp_path):
     line = f"--data {data / 'images.npy'} --test {data / 'test.npy'} {LINE} --save-minutes 0"
     resume = tmp_path / "checkpoints" / "score_resume.pt"
@@ -867,6 +868,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0
 TORCHRUN += ("--nproc-per-node=2",)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_two_processes_equal_one_and_a_signal_to_one_stops_both(data, tmp_path):
     # Adam, since Muon's own arithmetic is in bfloat16, and tells roundings apart by 1e-2.
     line = f"--data {data / 'images.npy'} {LINE} --optimizer adam --save-minutes 0 --epochs 20"
