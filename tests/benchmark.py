@@ -226,15 +226,15 @@ def wiener_filter(images):
     values = images.flatten(1)
     mean = values.mean(0)
     covariance = ((values - mean).T @ (values - mean) / len(values)).double()
-    variances, basis = torch.linalg.eigh(covariance)
+    unit = torch.eye(len(covariance), dtype=torch.float64)
 
     def denoiser(y, sigma):
         if y.shape[1:] != images.shape[1:]:
             sizes = f"{tuple(y.shape[1:])}, not {tuple(images.shape[1:])} as those trained on"
             raise ValueError(f"the images are {sizes}")
-        gain = variances.clamp(min=0) / (variances.clamp(min=0) + sigma**2)
-        coefficients = (y.flatten(1) - mean).double() @ basis
-        return (mean + (coefficients * gain) @ basis.T).view_as(y).to(y)
+        factor = torch.linalg.cholesky(covariance + sigma**2 * unit)
+        pull = torch.cholesky_solve((y.flatten(1) - mean).double().T, factor).T
+        return (y - sigma**2 * pull.view_as(y)).to(y)
 
     return denoiser
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import utils
-from model import ScoreModel, load_model
+from model import ScoreModel
 
 ROOT = Path(__file__).resolve().parent.parent
 C, S = 0.3, 0.2  # deviation of the prior N(0.5, C^2) of each value, and the noise level
@@ -131,8 +131,9 @@ def test_all_samplers_are_certified_and_white_priors_have_white_samples(monkeypa
 def test_samples_from_nothing_have_the_power_of_the_prior(figures):
     x0 = 0.5 + C * normal(16, 3, 16, 16, seed=0)
     for row in certify.study_nothing(Path("nothing.png"), White(), x0, "cpu"):
-        assert abs(row["brightness above"] - 1) < 0.12, row
-        assert abs(row["red - blue above"] - 1) < 0.12, row
+        error = 4 / C / 3000**0.5 if row["calls"] == 1 else 8 / 3000**0.5  # of 3,000 values
+        assert abs(row["brightness above"] - 1) < error, row
+        assert abs(row["red - blue above"] - 1) < error, row
     pale = x0.mean(1, keepdim=True) + 0.5 * (x0 - x0.mean(1, keepdim=True))
     share = certify.spectrum(pale, pale) / certify.spectrum(x0, x0)
     torch.testing.assert_close(share, torch.tensor([[1.0] * 3, [0.25] * 3]).double())
@@ -240,14 +241,33 @@ def test_files_in_memory_are_those_formats():
     assert errors["PNG"] < 0.51 / 255 < 2 / 255 < errors["JPEG 95"] < errors["JPEG 75"]
 
 
-def test_the_shipped_network_denoises_grey_images_and_lossy_files():
-    model = load_model("checkpoints/score_cifar10.pt")
-    crops = [utils.crop(photographs.read("photographs", "", 5)[1], 48)]
-    (row,) = photographs.grey_rows(model, crops, [0.1], 0)
-    assert row["network, PSNR dB"] > row["as if in colour, PSNR dB"] + 2 and row["gain dB"] > 0
-    for row in photographs.codec_rows(model, crops, [0.1], 0)[:2]:
-        assert 0 <= row["mean loss dB"] < 0.3 and row["best PSNR dB"] > 27
-        assert row["largest loss dB"] >= row["mean loss dB"]
+def test_lossy_files_lose_little_where_the_level_is_found(monkeypatch):
+    monkeypatch.setattr(photographs, "CODECS", {"PNG": photographs.CODECS["PNG"]})
+    images = [(0.5 + 0.1 * normal(3, 64, 64, seed=i)).float() for i in range(2)]
+    (row,) = photographs.codec_rows(White(0.1), images, [0.05], 0)
+    known = 10 * math.log10(1 / 0.1**2 + 1 / 0.05**2)
+    assert abs(row["found / true"] - 1) < 0.03 and abs(row["best PSNR dB"] - known) < 0.1
+    assert 0 <= row["mean loss dB"] <= row["largest loss dB"] < 0.01
+
+
+def test_grey_images_are_denoised_as_grey_and_beside_the_best_strength(monkeypatch):
+    images = [(0.5 + 0.2 * normal(3, 32, 32, seed=i)).float() for i in range(2)]
+
+    def scaled(y, sigma, strength):
+        return 0.5 + strength * (y - 0.5)
+
+    monkeypatch.setattr(photographs, "CLASSICAL", {scaled: (0.0, 0.5, 1.0)})
+    (row,) = photographs.grey_rows(White(0.2), images, [S], 0)
+    shares = {"network": 0.25, "as if in colour": 0.5}  # 0.2^2 / (0.2^2 + 3 S^2) and with S^2
+    for name, share in shares.items():
+        psnrs = []
+        for i, x0 in enumerate(map(photographs.grey, images)):
+            y = photographs.noisy(x0, S, i)
+            psnrs.append(photographs.quality(scaled(y, S, share), x0))
+        assert abs(row[f"{name}, PSNR dB"] - np.mean(psnrs)) < 1e-3
+    tried = [-10 * math.log10((1 - k) ** 2 * 0.0179 + k**2 * S**2) for k in (0, 0.5, 1)]
+    assert abs(row["scaled, PSNR dB"] - max(tried)) < 0.4
+    assert abs(row["gain dB"] - (row["network, PSNR dB"] - row["scaled, PSNR dB"])) < 1e-9
 
 
 def test_images_come_whole_or_as_their_middle(tmp_path):
@@ -274,8 +294,9 @@ def run(monkeypatch, tmp_path, capsys):
     for name, model in networks.items():
         checkpoint = {"config": model.config, "weights": model.state_dict(), "info": {}}
         utils.save_checkpoint(tmp_path / f"{name}.pt", checkpoint)
-    images = np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(256, size=(40, 16, 16, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
+    monkeypatch.setattr(utils, "training_images", lambda source, data_dir: images)
 
     def run(module, line):
         constants = vars(module)
@@ -304,7 +325,7 @@ def test_results_are_of_each_denoiser_and_langevin_runs_start_at_the_noisy_image
 
 
 def test_levels_have_their_gains_and_bits(run, figures):
-    out = run(benchmark, "--table levels --levels 0.05 0.1 0.5 --train TMP/images.npy")
+    out = run(benchmark, "--table levels --levels 0.05 0.1 0.5")
     table = np.array(re.findall(r"^\| (0\.\d+) +\| +(\S+) \| +(\S+) \| +(\S+) ", out, re.MULTILINE))
     sigma, _, wiener, one_step = table.astype(float).T
     line = figures["levels"].axes[0].lines[0]
@@ -340,21 +361,32 @@ def test_times_are_printed_for_each_size(run, monkeypatch):
     assert out.count("1.50") == 5 and "1 of 0.02 megapixels" in out
 
 
-def test_observations_have_a_row_for_each_method_and_a_labelled_row_of_the_figure(run, figures):
-    out = run(benchmark, "--table observations --observed-steps 3 --sigma-y 0.03")
+def test_observations_have_a_labelled_row_of_the_figure_each(run, figures, monkeypatch):
+    def restore(model, name, x0, A, y, *rest):
+        return {"splitting": (0.9 * x0, 24), "one sample": (x0, 3)}
+
+    monkeypatch.setattr(benchmark.observations, "restore", restore)
+    out = run(benchmark, "--table observations --sigma-y 0.03")
+    weak, strong = out.split("with noise of 0.1 instead of 0.03")
     for name in benchmark.observations.OBSERVATIONS:
-        assert out.count(f"| {name} ") == 5 * (1 + (name in benchmark.observations.TYPICAL))
+        assert weak.count(f"| {name} ") == 2
+        assert strong.count(f"| {name} ") == 2 * (name in benchmark.observations.TYPICAL)
     rows = figures["observations"]
     assert [row[0][2] for row in rows] == list(benchmark.observations.OBSERVATIONS)
     assert all(row[-1][1].equal(benchmark.crops()[0]) for row in rows)
 
 
-def test_certification_prints_its_tables(run, figures, monkeypatch):
-    few = {label: certify.SAMPLERS[label] for label in list(certify.SAMPLERS)[:2]}
+def test_certification_prints_its_tables(run, monkeypatch):
+    studied = []
+    few = {"`adams`, 10": certify.SAMPLERS["`adams`, 10"]}
     monkeypatch.setattr(certify, "SAMPLERS", few)
-    out = run(certify, "--sigmas 0.1 --samples 3 --observed 2 --observed-steps 3 --nothing 2")
-    assert out.count("| `adams`, 10") == 3 and "| half of the pixels " in out
-    assert "x0 + 0.3 n" in out and set(figures) == {"forgetting", "nothing"}
+    monkeypatch.setattr(certify.observations, "TYPICAL", ("half size",))
+    monkeypatch.setattr(certify, "study_forgetting", lambda *rest: studied.append(rest[-1]))
+    monkeypatch.setattr(certify, "study_nothing", lambda *rest: [{"images": len(rest[2])}])
+    line = "--sigmas 0.1 0.2 --samples 3 --observed 2 --observed-steps 2 --nothing 1"
+    out = run(certify, line)
+    assert out.count("| `adams`, 10") == 5 and re.search("error at 0.1 .* error at 0.2", out)
+    assert re.search(r"\| half size +\| ", out) and "|      1 |" in out and studied == [0.2]
 
 
 def test_every_figure_is_shown_and_every_file_named_is_there():
