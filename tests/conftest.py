@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 import denoise
 import sde
@@ -64,6 +65,10 @@ def bare(monkeypatch):
     """Leave out what takes long: figures, maps, and the samplers' part of an observation."""
     monkeypatch.setattr(utils, "save_map", lambda path, variance, title: None)
     monkeypatch.setattr(denoise, "save_figure", lambda recorded: ())
-    monkeypatch.setattr(denoise, "posterior_mean", lambda denoiser, y, A, sigma: denoiser(y, sigma))
+    monkeypatch.setattr(denoise, "posterior_mean", one_step)
     monkeypatch.setattr(sde, "fill", lambda y, A, sigma, like: like)
     monkeypatch.setattr(sde, "observed", lambda denoiser, y, A, sigma: denoiser)
+
+
+def one_step(denoiser, y, A, sigma):
+    return interpolate(denoiser(y, sigma), scale_factor=denoise.ENLARGE)

@@ -1,0 +1,565 @@
+"""denoise.py as a user calls it: what it writes, what it prints, what it refuses.
+
+The network of these tests predicts 0 (see conftest.py). So it is the exact denoiser of independent
+pixels of variance 0.25^2 around 0.5: D = 0.5 + gain (y - 0.5), with error variance s^2 gain.
+"""
+
+import csv
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d
+
+import denoise
+import sde
+import utils
+from model import load_model
+
+SCRIPT = Path(denoise.__file__)
+LEVELS = sde.noise_levels(0.1, 0.01, 4)
+
+
+def gain(sigma):
+    return 0.25**2 / (0.25**2 + sigma**2)
+
+
+def one_step(y, sigma=0.1):
+    return 0.5 + gain(sigma) * (y - 0.5)
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def save(folder, **arrays):
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def result(folder, name):
+    return np.load(folder / "output" / f"{name}.npy")
+
+
+def tensor(*arrays):  # (H, W, C) each -> (B, C, H, W)
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def table(out):
+    """Return the table that was printed: a dictionary for each row."""
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+# -----------------------------------------------------------------------------
+# The table, and every number in it
+# -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Return the first two of the built-in photographs, clean and with the noise of seed 0."""
+    x0 = np.concatenate([image.pixels for image in utils.read_images("samples")][:2])
+    return x0, x0 + 0.1 * np.random.default_rng(0).standard_normal(x0.shape)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Let a second pass between two looks at the clock."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(denoise.time, "perf_counter", lambda: float(next(ticks)))
+
+
+def test_every_cell_of_the_table_is_what_it_says(tmp_path, run, bare, clock, photographs):
+    out, err = run("--count 2 --steps 3")  # two of the five photographs, together, two samples each
+    rows = table(out)
+    columns = "image, sigma, method, PSNR dB, SSIM, expected PSNR, calls, seconds"
+    assert ", ".join(rows[0]) == columns and not err
+    kinds = [(row["image"], row["method"]) for row in rows]
+    methods = ["mmse", "sde", "mean of 2"]
+    names = [*utils.SAMPLES[:2], "mean of 2"]
+    assert kinds == [(name, method) for name in names for method in methods]
+    assert {row["sigma"] for row in rows} == {"0.1000"}
+    assert [row["calls"] for row in rows] == 3 * ["1", "3", "6"]
+    assert [row["seconds"] for row in rows] == 3 * ["0.50", "0.50", "1.00"]  # for each image
+    expected = f"{-10 * np.log10(0.1**2 * gain(0.1)):.2f}"
+    assert [row["expected PSNR"] for row in rows] == 3 * [expected, "", ""]
+
+    (x0, y), found = photographs, {}
+    for k, name in enumerate(utils.SAMPLES[:2]):
+        saved = [tmp_path / "output" / f"{name}_{kind}.png" for kind in ("sde_1", "sde_2")]
+        draws = [np.asarray(Image.open(path)) / 255 for path in saved]
+        images = {"mmse": [one_step(y[k])], "sde": draws, "mean of 2": [sum(draws) / 2]}
+        for method, these in images.items():
+            of = tensor(*(image.clip(0, 1) for image in these)), tensor(*[x0[k]] * len(these))
+            found[name, method] = utils.psnr(*of).mean().item(), utils.ssim(*of).mean()
+    for method in methods:
+        found["mean of 2", method] = np.mean([found[name, method] for name in names[:2]], axis=0)
+    for row in rows:
+        psnr, ssim = found[row["image"], row["method"]]
+        exact = row["method"] == "mmse"
+        assert abs(float(row["PSNR dB"]) - psnr) < (0.006 if exact else 0.03)  # files are rounded
+        assert abs(float(row["SSIM"]) - ssim) < (0.0006 if exact else 0.003)
+
+
+def test_an_own_image_has_no_invented_psnr(tmp_path, run, bare):
+    save(tmp_path, mine=pixels(12, 14, 3))
+    out, _ = run("mine.npy --sigma 1/10 --steps 2")
+    rows = table(out)
+    assert list(rows[0]) == ["image", "sigma", "method", "expected PSNR", "calls", "seconds"]
+    assert [row["method"] for row in rows] == ["mmse", "sde"] and rows[0]["sigma"] == "0.1000"
+    line = next(line for line in out.splitlines() if line.startswith("wrote "))
+    names = ["mine_mmse.npy", "mine_sde.npy", "mine_uncertainty.png"]
+    assert line == f"wrote {' '.join(str(Path('output', name)) for name in names)}"
+
+
+def test_of_many_images_the_means_alone_are_shown():
+    rows = []
+    for k in range(40):
+        for method in ("mmse", "sde"):
+            rows.append({"image": str(k), "method": method, "PSNR dB": float(k)})
+    means = [row for row in denoise.summary(rows) if row["image"] == "mean of 40"]
+    assert denoise.summary(rows) == means and [row["PSNR dB"] for row in means] == [19.5, 19.5]
+    assert denoise.summary(rows[:64])[:64] == rows[:64] and len(denoise.summary(rows[:64])) == 66
+    assert denoise.summary(rows[:2]) == rows[:2]
+
+
+# -----------------------------------------------------------------------------
+# Methods and samples
+# -----------------------------------------------------------------------------
+
+METHODS = {  # network calls, and the sampler as one would call it oneself
+    "mmse": (1, lambda model, y, noise: model(y, 0.1)),
+    "sde": (4, functools.partial(sde.adams, levels=LEVELS)),
+    "ode": (4, functools.partial(sde.adams, levels=LEVELS, eta=0.0)),
+    "euler": (4, functools.partial(sde.reverse_sde, levels=LEVELS, sde=sde.VP())),
+    "heun": (7, functools.partial(sde.probability_flow_ode, levels=LEVELS, sde=sde.VP())),
+    "ancestral": (4, functools.partial(sde.ancestral, levels=LEVELS)),
+    "pc": (7, functools.partial(sde.predictor_corrector, levels=LEVELS)),
+    "annealed": (4, functools.partial(sde.annealed_langevin, levels=LEVELS)),
+    "langevin": (3, functools.partial(sde.langevin, sigma=0.1, steps=3, step_size=2e-4)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_its_sampler(method, tmp_path, run, bare, checkpoint):
+    calls, sampler = METHODS[method]
+    save(tmp_path, a=pixels(12, 14, 3))
+    line = f"a.npy --sigma 0.1 --steps 4 --method {method} --sde vp --frames 0"
+    out, _ = run(f"{line} --langevin-steps 3 --langevin-step-size 2e-4")
+    y, model = tensor(pixels(12, 14, 3)), load_model(checkpoint)
+    expected = sampler(model, y, noise=utils.seeded_noise(denoise.seeds_of(y, 0)))
+    np.testing.assert_allclose(tensor(result(tmp_path, f"a_{method}")), expected, atol=1e-5)
+    np.testing.assert_allclose(result(tmp_path, "a_mmse"), one_step(pixels(12, 14, 3)), atol=1e-6)
+    assert {row["method"]: row["calls"] for row in table(out)}[method] == str(calls)
+
+
+def test_a_method_takes_the_levels_it_needs(monkeypatch):
+    steps = {"sde": 20, "ode": 20, "euler": 100, "heun": 20, "ancestral": 100, "pc": 50}
+    steps |= {"annealed": 100, "mmse": 1, "langevin": 1}
+    for method, count in steps.items():
+        monkeypatch.setattr(denoise, "METHOD", method)
+        levels = denoise.levels_for(0.1, 0.01, 1.0, None)
+        assert len(levels) == count and (levels[0], levels[-1]) == (0.1, 0.01 if count > 1 else 0.1)
+    monkeypatch.setattr(denoise, "METHOD", "sde")
+    levels = denoise.levels_for(0.1, 0.01, 1.0, abs)  # of an observation, from the highest level
+    torch.testing.assert_close(levels, torch.logspace(0, -2, 30, dtype=torch.float64))
+    with pytest.raises(ValueError, match="--method sde needs many noise levels.*only 0.1"):
+        denoise.levels_for(0.1, 0.1, 0.1, None)
+
+
+def test_a_sample_depends_on_its_image_its_number_and_the_seed_alone(tmp_path, run, bare):
+    first, second = pixels(12, 14, 3), pixels(12, 14, 3, seed=1)
+    save(tmp_path, a=first, b=second, stack=np.stack([second, first, first]))
+    line = "--sigma 0.1 --steps 3 --draws 2 --frames 0"
+    run(f"a.npy b.npy stack.npy {line}")
+    together = {name: result(tmp_path, name) for name in ("a_sde_1", "a_sde_2", "b_sde_1")}
+    stack = result(tmp_path, "stack_sde_1")
+    run(f"a.npy {line}")
+    np.testing.assert_allclose(result(tmp_path, "a_sde_1"), together["a_sde_1"], atol=1e-5)
+    np.testing.assert_allclose(result(tmp_path, "a_sde_2"), together["a_sde_2"], atol=1e-5)
+    for k, name in enumerate(("b_sde_1", "a_sde_1", "a_sde_1")):
+        np.testing.assert_allclose(stack[k], together[name], atol=1e-5)
+    run(f"a.npy {line} --seed 1")
+    others = together["a_sde_2"], result(tmp_path, "a_sde_1"), result(tmp_path, "a_sde_2")
+    for other in others:
+        assert np.abs(other - together["a_sde_1"]).mean() > 0.02
+
+
+def test_a_batch_is_of_one_size_and_kind_and_not_too_large(monkeypatch):
+    kinds = [(8, 3, 1, False)] * 4 + [(8, 1, 1, False), (4, 3, 1, False), (4, 3, 2, False)]
+    kinds += [(4, 3, 1, True), (4, 3, 1, True)]
+    images = []
+    for size, channels, count, builtin in kinds:
+        images.append(utils.Image(np.zeros((count, size, 8, channels)), builtin=builtin))
+
+    def grouped():
+        batches = denoise.batches(images, pixels=3 * 64)
+        numbers = {id(image): k for k, image in enumerate(images)}
+        return [[numbers[id(image)] for image in batch] for batch in batches]
+
+    monkeypatch.setattr(denoise, "SIGMA", 0.1)
+    assert grouped() == [[0, 1, 2], [3], [4], [5, 6], [7, 8]]
+    monkeypatch.setattr(denoise, "SIGMA", None)  # each image has a level of its own
+    assert grouped() == [[0], [1], [2], [3], [4], [5], [6], [7, 8]]
+
+
+def test_noise_is_one_stream_neither_clipped_nor_rounded():
+    x = torch.full((4, 3, 32, 32), 0.5)
+    noise = np.random.default_rng(3).standard_normal((4, 32, 32, 3))
+    found = denoise.add_noise(x, 0.4, np.random.default_rng(3)).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(found, 0.5 + 0.4 * noise, atol=1e-6)
+    rng = np.random.default_rng(3)
+    apart = [denoise.add_noise(part, 0.4, rng) for part in x.split(1)]
+    assert torch.equal(torch.cat(apart).permute(0, 2, 3, 1), found)
+
+
+def test_a_grey_image_stays_grey_and_is_denoised_as_one(tmp_path, run, bare):
+    grey = pixels(12, 14)
+    save(tmp_path, a=grey, b=grey[..., None].repeat(3, 2))
+    run("a.npy b.npy --sigma 0.1 --steps 2")
+    found = result(tmp_path, "a_mmse")
+    np.testing.assert_allclose(found, one_step(grey, 3**0.5 * 0.1), atol=1e-6)
+    for kind in ("mmse", "sde"):
+        one, three = result(tmp_path, f"a_{kind}"), result(tmp_path, f"b_{kind}")
+        assert one.shape == (12, 14) and three.shape == (12, 14, 3)
+        assert np.array_equal(three, one[..., None].repeat(3, 2))
+
+
+# -----------------------------------------------------------------------------
+# The noise level
+# -----------------------------------------------------------------------------
+
+
+def test_the_level_found_is_printed_and_used_unless_one_is_given(tmp_path, run, bare, monkeypatch):
+    asked = []
+
+    def image_level(network, y, low, high, black, white):
+        asked.append((y.shape, low, high, black, white))
+        return 0.2345, ["a note", "another"]
+
+    monkeypatch.setattr(denoise, "image_level", image_level)
+    save(tmp_path, a=pixels(12, 14, 3), b=pixels(10, 9))
+    out, _ = run("a.npy b.npy --method mmse --white 2")
+    assert out.splitlines()[0] == "a: noise level estimated at 0.2345, a note, another"
+    low = 0.01 / 3**0.5  # the noise of a grey image counts three times
+    assert asked == [((1, 3, 12, 14), 0.01, 1.0, 0, 2), ((1, 1, 10, 9), low, 1 / 3**0.5, 0, 2)]
+    expected = 2 * one_step(pixels(12, 14, 3) / 2, 0.2345)
+    np.testing.assert_allclose(result(tmp_path, "a_mmse"), expected, atol=1e-5)
+    assert table(out)[0]["sigma"] == "0.2345"
+    out, _ = run("a.npy --method mmse --sigma 0.1")
+    assert len(asked) == 2 and "estimated" not in out
+    np.testing.assert_allclose(result(tmp_path, "a_mmse"), one_step(pixels(12, 14, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_at_the_lowest_level_an_image_comes_back(method, channels, tmp_path, run, lowest):
+    array = pixels(12, 14, channels) * 2 - 1
+    save(tmp_path, a=array)
+    out, _ = run(f"a.npy --method {method} --frames 0")
+    for kind in {"mmse", method}:
+        np.testing.assert_allclose(result(tmp_path, f"a_{kind}"), array, rtol=0, atol=1e-6)
+    assert "expected PSNR" not in out and not list((tmp_path / "output").glob("*uncertainty*"))
+
+
+def test_the_network_is_chosen_by_size(tmp_path, run, bare, checkpoint, monkeypatch):
+    loaded = []
+    model = load_model(checkpoint)
+    monkeypatch.setattr(denoise, "load_model", lambda path, *rest: loaded.append(path) or model)
+    save(tmp_path, a=pixels(64, 64, 3), b=pixels(4, 65, 3), c=pixels(65, 4, 3))
+    run("a.npy b.npy c.npy --sigma 0.1 --method mmse --checkpoint auto")
+    photographs, small = "checkpoints/score_photographs.pt", "checkpoints/score_cifar10.pt"
+    assert loaded == [small, photographs]  # each once
+    run("a.npy b.npy --sigma 0.1 --method mmse --checkpoint mine.pt")
+    assert loaded[2:] == ["mine.pt"]
+
+
+# -----------------------------------------------------------------------------
+# Uncertainty, frames and figures
+# -----------------------------------------------------------------------------
+
+
+def test_the_uncertainty_of_white_images_is_their_posterior_deviation(tmp_path, run):
+    save(tmp_path, a=pixels(20, 30, 3))
+    out, _ = run("a.npy --sigma 0.1 --method mmse")
+    expected = 0.1 * gain(0.1) ** 0.5
+    np.testing.assert_allclose(result(tmp_path, "a_uncertainty"), expected, rtol=1e-4)
+    assert table(out)[0]["expected PSNR"] == f"{-20 * np.log10(expected):.2f}"
+    assert Image.open(tmp_path / "output" / "a_uncertainty.png").width > 500
+
+
+def test_frames_hold_every_state_and_estimate_with_their_psnr(tmp_path, run, bare, photographs):
+    run("--count 1 --steps 4 --draws 1 --frames 1")
+    folder = tmp_path / "output" / "astronaut_sde_frames"
+    names = sorted(path.name for path in folder.iterdir())
+    levels = ["000", "001", "002", "003"], [f"{s:.4f}" for s in LEVELS.tolist()]
+    expected = [f"{k}_{kind}_{s}.png" for k, s in zip(*levels) for kind in ("estimate", "state")]
+    assert names == [*expected, "psnr.csv"]
+    with open(folder / "psnr.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for k, row in enumerate(rows):
+        assert (row["call"], float(row["sigma"])) == (str(k), pytest.approx(LEVELS[k].item(), 1e-4))
+        for kind in ("state", "estimate"):
+            (path,) = folder.glob(f"00{k}_{kind}_*")
+            shown = np.asarray(Image.open(path)) / 255
+            psnr = -10 * np.log10(((shown - photographs[0][0]) ** 2).mean())
+            assert abs(psnr - float(row[f"PSNR of the {kind}"])) < 0.05
+
+
+@pytest.mark.parametrize("error, code", [(OSError("disk full"), 2), (KeyboardInterrupt(), 130)])
+def test_frames_are_there_whole_or_not_at_all(error, code, tmp_path, run, bare, monkeypatch):
+    save(tmp_path, a=pixels(12, 14, 3))
+
+    def fail(path, rows):
+        raise error
+
+    monkeypatch.setattr(utils, "save_csv", fail)
+    run("a.npy --sigma 0.1 --steps 2", code)
+    found = {path.name for path in (tmp_path / "output").iterdir()}
+    assert found == {"a_mmse.npy", "a_sde.npy"}
+
+
+def test_figure_and_animation_show_the_way_from_the_noisy_image(run, photographs, monkeypatch):
+    (x0, y), shown = photographs, SimpleNamespace()
+    monkeypatch.setattr(utils, "save_map", lambda *arguments: None)
+    monkeypatch.setattr(utils, "plot_images", lambda *arguments: vars(shown).update(a=arguments))
+    monkeypatch.setattr(utils, "save_animation", lambda *given: vars(shown).update(b=given))
+    out, _ = run("--count 2 --steps 8 --frames 2")
+    path, rows, truth = shown.a
+    assert path == Path("output", "samples_sde.jpg") and truth and len(rows) == 2
+    assert f"with {path} and {path.with_suffix('.gif')}" in out
+    titles = ["noisy", "a state on the way", "one step", "a sample", "a sample", "clean"]
+    assert [title for title, _, _ in rows[1]] == titles
+    noisy, state, estimate, first, second, clean = [x.permute(1, 2, 0) for _, x, _ in rows[1]]
+    np.testing.assert_allclose(noisy, y[1], atol=1e-5)
+    np.testing.assert_allclose(estimate, one_step(y[1]), atol=1e-5)
+    np.testing.assert_allclose(clean, x0[1], atol=1e-6)
+    levels = sde.noise_levels(0.1, 0.01, 8)
+    notes = [note for _, _, note in rows[1]]
+    assert notes[:2] == ["$\\sigma$ = 0.1", f"$\\sigma$ = {levels[2]:.2g}"]
+    film = shown.b[1][1]
+    assert [level for level, _, _ in film] == pytest.approx(levels.tolist())
+    assert torch.equal(film[0][1].permute(1, 2, 0), noisy)
+    assert torch.equal(film[2][1].permute(1, 2, 0), state)
+    torch.testing.assert_close(film[-1][2].permute(1, 2, 0), first)
+    assert (first - second).abs().mean() > 0.01
+
+
+def test_a_figure_of_images_without_truth_promises_no_psnr(tmp_path, run, monkeypatch):
+    given = []
+    monkeypatch.setattr(utils, "save_map", lambda *arguments: None)
+    monkeypatch.setattr(utils, "plot_images", lambda path, rows, truth: given.append((path, truth)))
+    monkeypatch.setattr(utils, "save_animation", lambda *arguments: None)
+    save(tmp_path, mine=pixels(12, 14, 3))
+    run("samples mine.npy --count 6 --frames 6 --steps 2 --sigma 0.1")
+    run(". --frames 1 --steps 2 --sigma 0.1")
+    assert given[0][1] is False and given[1][0] == Path("output", f"{tmp_path.name[:45]}_sde.jpg")
+
+
+# -----------------------------------------------------------------------------
+# Observations
+# -----------------------------------------------------------------------------
+
+HIDDEN = (np.arange(8)[:, None] + np.arange(10)) % 2 == 0  # a chessboard
+
+
+def seen(x, line):
+    """Return what is seen of an image (H, W, 3), by other means than the script's."""
+    if "enlarge" in line:
+        return x.reshape(len(x) // 2, 2, x.shape[1] // 2, 2, 3).mean((1, 3))
+    if "blur" in line:
+        g = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 0.5**2))
+        padded = np.pad(x, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+        rows = sum(w * padded[k : len(x) + k] for k, w in enumerate(g / g.sum()))
+        return sum(w * rows[:, k : x.shape[1] + k] for k, w in enumerate(g / g.sum()))
+    return x * ~HIDDEN[..., None]
+
+
+@pytest.mark.parametrize("line", ["--mask mask.npy", "--blur 0.5", "--enlarge 2"])
+def test_an_observation_is_what_its_option_says(line, tmp_path, run, bare, monkeypatch):
+    x, arguments = pixels(8, 10, 3), []
+    monkeypatch.setattr(sde, "observed", lambda D, *given: arguments.append(given) or D)
+    save(tmp_path, a=seen(x, line), mask=np.uint8(255 * HIDDEN))
+    run(f"a.npy {line} --steps 2 --draws 1")
+    ((y, A, sigma),) = arguments
+    np.testing.assert_allclose(A(tensor(x)), tensor(seen(x, line)), atol=1e-5)
+    np.testing.assert_allclose(y, tensor(seen(x, line)), atol=1e-6)
+    assert sigma == 0.02
+
+
+def test_of_an_observation_come_the_mean_the_samples_and_their_spread(tmp_path, run):
+    x = 0.5 + pixels(4, 5, 4) / 10
+    save(tmp_path, a=x)
+    out, _ = run("a.npy --enlarge 2 --sigma 0.03 --draws 2 --steps 2 --frames 0")
+    names = ["a_mean.npy", "a_sde_1.npy", "a_sde_2.npy", "a_uncertainty.png"]
+    assert f"wrote {' '.join(str(Path('output', name)) for name in names)}\n" in out
+    kinds = [(row["method"], row["expected PSNR"]) for row in table(out)]
+    assert kinds == [("mean", ""), ("sde", "")] and table(out)[0]["sigma"] == "0.0300"
+    mean, *draws = [result(tmp_path, name.removesuffix(".npy")) for name in names[:3]]
+    for image in (mean, *draws):
+        assert image.shape == (8, 10, 4)
+        assert np.array_equal(image[..., 3], x[..., 3].repeat(2, 0).repeat(2, 1))  # alpha
+        off = seen(image[..., :3], "enlarge") - x[..., :3]
+        assert np.sqrt((off**2).mean()) < 2 * 0.03
+    assert np.abs(draws[0] - draws[1]).mean() > 0.01
+    spread = torch.from_numpy(np.var(draws, axis=0, ddof=1)).permute(2, 0, 1)[None, :3]
+    spread = avg_pool2d(spread, 5, 1, 2, count_include_pad=False)[0].sqrt()
+    found = result(tmp_path, "a_uncertainty")
+    np.testing.assert_allclose(found, spread.permute(1, 2, 0), atol=1e-5)
+
+
+def test_a_mask_says_how_much_it_hides(tmp_path, run, bare):
+    save(tmp_path, a=pixels(8, 10, 3) / 2 + 0.25, other=HIDDEN * np.uint8(255))
+    grey = np.uint8(255 * HIDDEN)
+    grey[0, :4] = (100, 127, 128, 200)
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    line = "a.npy --method mmse --mask"
+    out, _ = run(f"{line} mask.png")
+    assert "mask: 5.00% of the pixels are neither black nor white: what is brighter" in out
+    share = (grey > 127).mean()
+    assert f"mask: {share:.0%} of the pixels are missing" in out
+    hidden = np.isclose(result(tmp_path, "a_mean"), one_step(0, 0.02))
+    assert np.array_equal(hidden.all(2), grey > 127)  # what is missing is 0, whatever the file has
+    out, _ = run(f"{line} other.npy")
+    assert "neither" not in out and "mask: 50% of the pixels are missing" in out
+    for words in (["0"], ["1"], ["nan"], ["-1"], ["a.npy"], ["nowhere.png"], [""]):
+        run([*line.split(), *words], code=2)
+
+
+def test_a_share_is_missing_in_all_channels(tmp_path):
+    said = []
+    A = denoise.observation((200, 300), mask="0.3", notify=said.append)
+    found = A(torch.ones(1, 3, 200, 300))
+    assert abs(found.mean().item() - 0.7) < 4 * (0.21 / 60000) ** 0.5
+    assert torch.equal(found[0, 0], found[0, 2]) and said == ["mask: 30% of the pixels are missing"]
+    again = denoise.observation((200, 300), mask="0.3", seed=1, notify=said.append)
+    assert not torch.equal(again(torch.ones(1, 3, 200, 300)), found)
+
+
+def test_a_clean_image_is_observed_with_noise_and_measured(tmp_path, run, bare):
+    out, _ = run("--count 1 --enlarge 3 --method mmse")
+    (row,) = table(out)
+    assert row["method"] == "mean" and row["sigma"] == "0.0200" and "PSNR dB" in row
+    size = Image.open(tmp_path / "output" / "astronaut_mean.png").size
+    assert size == (126, 126)  # 42 x 3 are left of 128 pixels
+
+
+# -----------------------------------------------------------------------------
+# What is left out, what is refused, how it ends
+# -----------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_left_out_and_named(tmp_path, run, bare):
+    save(tmp_path, a=pixels(4, 4, 3), b=pixels(4, 4, 3, seed=1), c=pixels(30, 30, 3))
+    line = "--blur 2 --sigma 0.02 --steps 2 --draws 1"
+    out, _ = run(f"a.npy b.npy c.npy {line}", code=1)
+    for name in "ab":
+        assert f"'{name}' is left out: --blur must be narrow in an image of 4 x 4 pixels" in out
+    assert [row["image"] for row in table(out)] == ["c", "c"]
+    _, err = run(f"a.npy b.npy {line}", code=2)
+    assert err == "denoise.py: error: nothing was denoised of a.npy b.npy\n"
+    out, _ = run("a.npy b.npy c.npy --sigma 0.1 --method mmse --count 2")
+    assert "only the first 2 images were denoised" in out and len(table(out)) == 2
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--mask 0.5 --blur 1", "one of --mask, --blur and --enlarge at a time"),
+        ("--mask other.npy", "--mask must have the 12 x 9 pixels of the image, not (8, 8)"),
+        ("--mask 0", "--mask must hide some pixels, and not all"),
+        ("--blur 3", "--blur must be narrow"),
+        ("--sigma 2", "noise level 2 is outside the range 0.01 to 1"),
+        ("--sigma 0.001", "outside the range"),
+        ("--method langevin --langevin-step-size 1e9 --langevin-steps 9", "diverged"),
+    ],
+)
+def test_what_suits_no_image_is_said_of_each(line, words, tmp_path, run, bare):
+    save(tmp_path, a=pixels(9, 12, 3), other=HIDDEN[:, :8] * np.uint8(255))
+    out, err = run(f"a.npy {line}" + " --sigma 0.1" * ("sigma" not in line), code=2)
+    assert words in out and "'a' is left out" in out and "nothing was denoised of a.npy" in err
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--blur -1", "--blur must be"),
+        ("--enlarge 0", "--enlarge must be a whole number"),
+        ("--enlarge 17", "--enlarge must be at most 16"),
+        ("--checkpoint nowhere.pt", "no checkpoint at 'nowhere.pt'"),
+        ("--checkpoint text.png", "'text.png' is not a checkpoint"),
+        ("--sigma 0", "--sigma must be positive, for pixels in [0, 1], as 25/255, not 0"),
+        ("--sigma -0.1", "--sigma must be positive"),
+        ("--seed -1", "--seed must not be negative"),
+        ("--method magic", "--method must be one of mmse, sde, ode"),
+        ("--sde ito", "--sde must be one of ve, vp, subvp, not ito"),
+        ("--steps 2.5", "--steps must be a whole number from 1 on, not 2.5"),
+        ("--draws 0", "--draws must be"),
+        ("--precision half", "--precision must be auto, bfloat16 or float32"),
+        ("--device tpu", "device 'tpu' cannot be used"),
+        ("--mask=", "--mask must be a file or a share"),
+        ("--output=", "--output must name a folder"),
+    ],
+)
+def test_a_wrong_value_is_one_line_before_any_work(line, words, tmp_path, run):
+    save(tmp_path, a=pixels(9, 12, 3))
+    (tmp_path / "text.png").write_text("not an image")
+    before = sorted(tmp_path.iterdir())
+    out, err = run(f"a.npy {line}" + " --sigma 0.1" * ("sigma" not in line), code=2)
+    assert not out and words in err and len(err.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_cifar10_without_network_or_data_says_what_to_do(tmp_path, run, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere/cifar-10-python.tar.gz")
+    _, err = run("cifar10", code=2)
+    assert "connect to the network" in err.splitlines()[-1]
+
+
+def test_a_bar_moves_on_a_terminal_alone(tmp_path, run, bare, monkeypatch):
+    save(tmp_path, a=pixels(9, 12, 3))
+    _, err = run("a.npy --sigma 0.1 --steps 3")
+    assert err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, err = run("a.npy --sigma 0.1 --steps 3")
+    assert "sde: " in err and " calls" in err
+
+
+def test_a_program_of_its_own_loads_only_what_it_needs_and_warns_of_nothing(tmp_path, checkpoint):
+    save(tmp_path, a=pixels(9, 12, 3))
+    program = "import denoise, runpy, sys; print(*sys.modules); "
+    program += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__'); print(*sys.modules)"
+    line = f"a.npy --sigma 0.1 --method mmse --device cpu --checkpoint {checkpoint}".split()
+    environment = os.environ | {"PYTHONWARNINGS": "error", "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, "-c", program, *line]
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    process = subprocess.run(command, **options)
+    assert process.returncode == 0 and not process.stderr, process.stderr
+    loaded, *_, at_the_end = [line.split() for line in process.stdout.splitlines()]
+    assert not {"matplotlib", "skimage", "torchvision", "OpenImageIO", "PIL"} & set(loaded)
+    assert not {"skimage", "torchvision", "OpenImageIO"} & set(at_the_end)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
+def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
+    (tmp_path / "numpy.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(SCRIPT)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == -signal.SIGINT
