@@ -89,7 +89,7 @@ def test_expected_error_is_the_variance_of_every_value():
 
 
 def test_a_few_probes_give_the_expected_error():
-    # A product of signs has variance 1: that of v^T C v is twice the sum of squares off the diagonal.
+    # The variance of v^T C v, v signs, is twice the sum of squares off the diagonal.
     K, denoiser = prior((3, 4, 4))
     cov = covariance(K, SIGMA)
     y = normal(200, 3, 4, 4)
