@@ -538,7 +538,7 @@ def fill(y, A, sigma_y, like, power=natural_power):
     with torch.inference_mode(False):
         near = _Tangent(A, x.clone())
     prior = power(_block_of(x))
-    solve = _gaussian_solver(near, prior, sigma_y, steps=200, tolerance=1e-3)
+    solve = _gaussian_solver(near, prior, sigma_y, steps=100, tolerance=1e-2)
     return x + _filter(near.backwards(solve((y - near.value).flatten(1))), prior)
 
 
