@@ -8,9 +8,10 @@ x is a float tensor (B, 3, H, W) of images in [0, 1] plus noise of standard devi
 same units.
 """
 
+import contextlib
+import math
 import zipfile
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -102,8 +103,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x, embedding):  # (B, C, H, W), unused -> (B, C, H, W)
         height, width = x.shape[2:]
-        q, k, v = _to_windows(self.qkv(x), self.window).chunk(3, dim=2)
-        q, k, v = (_to_heads(part) for part in (q, k, v))
+        heads = _to_windows(self.qkv(x), self.window).unflatten(2, (3, -1, 32))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B * windows, heads, pixels, 32)
         mask = None
         if height % self.window or width % self.window:  # nobody attends to padding
             inside = torch.ones_like(x[:, :1])
@@ -129,10 +130,6 @@ def _from_windows(x, w, height, width):
     return x[:, :, :height, :width]
 
 
-def _to_heads(x):  # (windows, w * w, heads * 32) -> (windows, heads, w * w, 32)
-    return x.unflatten(2, (-1, 32)).transpose(1, 2)
-
-
 def _start_at_zero(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -143,11 +140,19 @@ class UNet(nn.Module):
 
     Where attention is 1, the stage on the way up (at the coarsest resolution: the only one) has an
     attention layer, in windows of 32 x 32 pixels of the image. From `features` numbers each block
-    learns the noise level.
+    learns the noise level. Raises ValueError for numbers that no network can have.
     """
 
     def __init__(self, widths, blocks, attention, features):
         super().__init__()
+        counts = (*widths, *blocks, features)
+        possible = 1 <= len(widths) == len(blocks) == len(attention) <= 5
+        possible &= all(isinstance(count, int) and 1 <= count <= 2048 for count in counts)
+        possible &= not any(use and width % 32 for use, width in zip(attention, widths))
+        if not possible:
+            words = "give 1 to 5 widths, and as many blocks and attention, all of them integers"
+            words += "; attention needs a width that is a multiple of 32"
+            raise ValueError(f"{words}, not {widths}, {blocks}, {attention}, {features}")
         self.embedding = NoiseEmbedding(features)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -182,7 +187,7 @@ class UNet(nn.Module):
         return self.head(F.silu(h))[..., :height, :width]
 
 
-def stage(channels, blocks, features, window=0):
+def stage(channels, blocks, features, window):
     """Return residual blocks, with attention after the first of them if the window is not 0."""
     layers = [ResidualBlock(channels, features) for _ in range(blocks)]
     if window:
@@ -207,8 +212,8 @@ class ScoreModel(nn.Module):
     widths, blocks, attention, features: those of UNet.
     sigma_min, sigma_max: the trained range of noise levels. Outside it the network is given the
     nearest trained level; the preconditioning still uses the true one.
-    autocast: run the network's products in bfloat16 (about 5 times faster where the hardware has
-    it); everything around the network, and so the state of a sampler, stays in the precision of x.
+    autocast: run the network's products in bfloat16, about 5 times faster where the hardware has
+    it; everything around the network, and so the state of a sampler, stays in the precision of x.
     Raises ValueError for an unknown network or numbers that no network can have.
     """
 
@@ -226,8 +231,8 @@ class ScoreModel(nn.Module):
         autocast=False,
     ):
         super().__init__()
-        if not 1e-6 <= sigma_min <= sigma_max <= 1e6:
-            words = "noise levels must satisfy 1e-6 <= sigma_min <= sigma_max <= 1e6"
+        if not 0 < sigma_min <= sigma_max < math.inf:
+            words = "noise levels must satisfy 0 < sigma_min <= sigma_max"
             raise ValueError(f"{words}, not {sigma_min} and {sigma_max}")
         self.config = {"network": network, "sigma_min": sigma_min, "sigma_max": sigma_max}
         self.sigma_min, self.sigma_max, self.autocast = sigma_min, sigma_max, autocast
@@ -239,7 +244,6 @@ class ScoreModel(nn.Module):
         elif network == "unet":
             shape = {"widths": tuple(widths), "blocks": tuple(blocks)}
             shape |= {"attention": tuple(attention), "features": features}
-            _check_shape(**shape)
             self.config |= shape
             self.net = UNet(**shape)
         else:
@@ -251,10 +255,8 @@ class ScoreModel(nn.Module):
 
         x: floats (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma, in units of [0, 1]:
         a number, or a tensor, array or list of one value or of B values, in any shape.
-        Raises ValueError for another x, for another number of levels, and for a level that is
-        negative or not a number. Levels on a GPU, in a compiled or exported graph or within vmap
-        are not checked: there, looking at values is slow or impossible. Forward-mode derivatives on
-        a CPU need torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+        Raises ValueError for another x, and for a level that is negative, infinite or not a number,
+        but on a GPU, in a compiled or exported graph, and within vmap: looking is slow there.
         """
         if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
             raise ValueError(f"expected floats (B, 3, H, W), not {tuple(x.shape)} of {x.dtype}")
@@ -281,43 +283,15 @@ class ScoreModel(nn.Module):
         return out.to(inputs[0].dtype)
 
 
-def _check_shape(widths, blocks, attention, features):
-    numbers = (*widths, *blocks, features)
-    if not (1 <= len(widths) <= 5 and len(widths) == len(blocks) == len(attention)):
-        words = "give 1 to 5 widths, and as many blocks and attention"
-        raise ValueError(f"{words}, not {widths}, {blocks} and {attention}")
-    if not all(isinstance(number, int) and 1 <= number <= 2048 for number in numbers):
-        words = "widths, blocks and features must be integers from 1 to 2048"
-        raise ValueError(f"{words}, not {widths}, {blocks} and {features}")
-    for use, width in zip(attention, widths):
-        if use not in (0, 1) or (use and width % 32):
-            words = "attention is 0 or 1, and 1 only where the width is a multiple of 32"
-            raise ValueError(f"{words}, not {attention} with widths {widths}")
-
-
 def _per_image(sigma, x):
     """Return the noise levels as (B, 1, 1, 1), like x."""
-    if isinstance(sigma, Real):  # filled in on the device: a GPU would wait for a copied number
-        valid = 0 <= sigma <= 1e18
-        levels = torch.full((), float(sigma), dtype=x.dtype, device=x.device)
-    else:
-        levels = torch.as_tensor(sigma)
-        valid = _are_valid(levels)
-    if not valid:
-        raise ValueError(f"a noise level must lie between 0 and 1e18, not {sigma}")
-    if levels.numel() not in (1, x.shape[0]):
-        words = "give one, or one for each image"
-        raise ValueError(f"{levels.numel()} noise levels for {x.shape[0]} images: {words}")
-    return levels.to(x).reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
-
-
-def _are_valid(levels):
-    if levels.is_cuda or torch.compiler.is_compiling():
-        return True
-    try:
-        return bool(((levels >= 0) & (levels <= 1e18)).all())
-    except RuntimeError:  # within vmap, which has no single value to look at
-        return True
+    levels = torch.as_tensor(sigma, dtype=x.dtype)
+    if not (levels.is_cuda or torch.compiler.is_compiling()):
+        with contextlib.suppress(RuntimeError):  # within vmap there is no single value to look at
+            if not ((levels >= 0) & levels.isfinite()).all():
+                raise ValueError(f"a noise level must be a number of at least 0, not {sigma}")
+    levels = levels.to(x.device, non_blocking=True)  # a GPU does not wait for a number
+    return levels.reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -338,9 +312,11 @@ def load_model(path, device="cpu", bfloat16=False):
     try:
         with torch.device("meta"):  # allocates nothing for a shape that the weights do not have
             model = ScoreModel(**checkpoint["config"], autocast=bfloat16)
-        restore(model, checkpoint["weights"])
+        model.load_state_dict(checkpoint["weights"], assign=True)
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise ValueError("a weight is not finite")
         model.info = dict(checkpoint["info"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"'{path}' is not a checkpoint of train_score.py ({reason})") from None
     model.eval().requires_grad_(False)
@@ -353,33 +329,14 @@ def load_checkpoint(path):
     Raises FileNotFoundError, or ValueError if the file cannot be read, if its checksums say that it
     is damaged, or if it holds anything else.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():
         words = "train one with train_score.py, or name another"
         raise FileNotFoundError(f"no checkpoint at '{path}': {words}")
-    if not Path(path).is_file():
-        raise ValueError(f"'{path}' is not a file")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds a {type(checkpoint).__name__}")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive or pickle can raise
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"'{path}' is not a checkpoint, or it is damaged ({reason})") from None
-    return checkpoint
-
-
-def restore(module, weights):
-    """Load weights into a module; raises ValueError unless they fit and all values are finite."""
-    expected = module.state_dict()
-    if not isinstance(weights, dict) or weights.keys() != expected.keys():
-        raise ValueError("its weights have other names")
-    for name, value in weights.items():
-        wanted = expected[name]
-        if not torch.is_tensor(value) or (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"its weight {name} has another shape or type")
-        if not value.isfinite().all():
-            raise ValueError(f"its weight {name} is not finite")
-    module.load_state_dict(weights, assign=any(value.is_meta for value in expected.values()))
