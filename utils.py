@@ -447,7 +447,6 @@ def _write_oiio(path, image, values):
     spec.width, spec.height = spec.full_width, spec.full_height = values.shape[2], values.shape[1]
     spec.x = spec.y = spec.full_x = spec.full_y = spec.tile_width = spec.tile_height = 0
     spec.attribute("compression", "zip")
-    spec.alpha_channel = -1 if image.alpha is None else image.channels
     for attribute in list(spec.extra_attribs):
         if attribute.name.startswith(("tiff:", "jpeg:", "planarconfig", "Orientation")):
             spec.erase_attribute(attribute.name)  # of how that file was written, not of the image
