@@ -1,4 +1,4 @@
-"""Train a score network on noised images with the denoising score-matching loss.
+"""Train a score network on noised images with the denoising score-matching loss (Vincent 2011).
 
     python train_score.py                               # CIFAR-10, the network in checkpoints/
     python train_score.py --data PATH --name mine       # any folder of images and .npy arrays
@@ -6,10 +6,10 @@
         --ema 0 --clip inf --batch-size 64 --epochs 200 --name cnn3       # the recipe
     python train_score.py --help                        # every constant below is an option
 
-The loss (Vincent 2011), for clean images x0 and x = x0 + sigma n, is
+For clean images x0 and x = x0 + sigma n, the loss is the mean over images and noise levels of
 
-    E lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2
-        = E lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
+    lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2
+        = lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
 
 Ctrl-C saves and stops; a crash loses the time since the last save. The same command goes on, with
 the same result as if it had not stopped (on a GPU, to rounding); with more --epochs it goes on
@@ -22,6 +22,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly while the modules load
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -30,7 +31,6 @@ import re
 import sys
 import time
 import zlib
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -99,14 +99,11 @@ def noise_law(u, low, high, tails):
 
     They lie from low to high: a share `tails` below 0.015, as many above 0.7, and log-uniform in
     each of the three parts; in one part if neither 0.015 nor 0.7 lies between low and high.
-    Raises ValueError unless 0 < tails < 0.5.
     """
     utils.check(0 < tails < 0.5, "TAILS", tails, "must lie between 0 and 0.5")
     inner = [(v, s) for v, s in ((tails, 0.015), (1 - tails, 0.7)) if low < s < high]
-    log_sigma = math.log(low)
-    for (v, s), (v_next, s_next) in pairwise([(0.0, low), *inner, (1.0, high)]):
-        log_sigma = log_sigma + (u.clamp(v, v_next) - v) / (v_next - v) * math.log(s_next / s)
-    return log_sigma.exp()
+    quantiles, sigmas = zip((0, low), *inner, (1, high))
+    return torch.from_numpy(np.interp(u, quantiles, np.log(sigmas))).exp().to(u.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -115,86 +112,67 @@ def noise_law(u, low, high, tails):
 
 
 class Crops:
-    """Images of any sizes, held in memory as one column of pixels, and random crops of them.
+    """Random crops of images of any sizes.
 
     images: uint8 (H, W, 3) each, H, W >= size. size: side of a crop in pixels. flip: mirror half of
     the crops. turn: turn them by a random number of quarter turns.
     """
 
-    def __init__(self, images, size, flip, turn, device="cpu"):
-        shapes = torch.tensor([image.shape[:2] for image in images], device=device)
-        areas = shapes.prod(dim=1)
-        self.height, self.width, self.start = *shapes.T, areas.cumsum(0) - areas
-        pixels = np.concatenate([image.reshape(-1, 3) for image in images])
-        self.pixels = torch.from_numpy(pixels).to(device)
-        self.size, self.flip, self.turn = size, flip, turn
+    def __init__(self, images, size, flip, turn):
+        self.images, self.size, self.flip, self.turn = images, size, flip, turn
 
     def __len__(self):
-        return len(self.start)
+        return len(self.images)
+
+    def checksum(self):
+        found = 0
+        for image in self.images:
+            found = zlib.crc32(image.tobytes(), found)
+        return found
 
     def draw(self, index, rng):
-        """Return a crop of each image of the index (B,): floats (B, 3, size, size) in [0, 1]."""
-        width, last = self.width[index], self.size - 1
-        numbers = torch.randint(2**31, (4, len(index)), generator=rng, device=index.device)
-        top = numbers[0] % (self.height[index] - last)
-        left = numbers[1] % (width - last)
-        mirrored = (numbers[2] % 2 == 1)[:, None, None] & self.flip
-        quarters = (numbers[3] % 4)[:, None, None] * self.turn
-
-        # The pixel (row, column) of a crop comes from another place of it if mirrored or turned.
-        side = torch.arange(self.size, device=index.device)
-        rows, columns = side[None, :, None], side[None, None, :]
-        columns = torch.where(mirrored, last - columns, columns)
-        rows = torch.where(quarters >= 2, last - rows, rows)
-        columns = torch.where(quarters >= 2, last - columns, columns)
-        turned = quarters % 2 == 1
-        from_rows = torch.where(turned, columns, rows)
-        from_columns = torch.where(turned, last - rows, columns)
-
-        corner = self.start[index] + top * width + left
-        places = corner[:, None, None] + from_rows * width[:, None, None] + from_columns
-        return self.pixels[places].permute(0, 3, 1, 2).float() / 255  # in channels_last
+        """Return a random crop of each of these B images: uint8 (B, 3, size, size)."""
+        crops = []
+        numbers = torch.randint(2**31, (4, len(index)), generator=rng).T.tolist()
+        for k, (down, right, mirrored, quarters) in zip(index, numbers):
+            height, width, _ = self.images[k].shape
+            top, left = down % (height - self.size + 1), right % (width - self.size + 1)
+            crop = self.images[k][top : top + self.size, left : left + self.size]
+            if self.flip and mirrored % 2:
+                crop = crop[:, ::-1]
+            if self.turn:
+                crop = np.rot90(crop, quarters)
+            crops.append(crop)
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # in channels_last
 
 
-def middle(images, size):
-    """Return the middle size x size pixels of each image: a uint8 tensor (N, 3, size, size)."""
-    crops = []
-    for image in images:
-        top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-        crops.append(image[top : top + size, left : left + size])
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-
-
-def make_batch(crops, step, batch_size, low, high, tails, seed):
+def make_batch(crops, step, batch_size, low, high, tails, seed, device="cpu"):
     """Return x0, sigma and noise of one step, which depend on the seed and the step alone."""
-    device = crops.pixels.device
-    rng = generator(seed, 1, step, device)
-    x0 = crops.draw(images_of_step(len(crops), step, batch_size, seed).to(device), rng)
+    rng = generator(seed, 1, step)
+    x0 = crops.draw(images_of_step(len(crops), step, batch_size, seed), rng).to(device) / 255
     # One quantile from each of B equal slices: the same law as independent ones, less variance.
-    u = torch.rand(batch_size, device=device, generator=rng)
-    u = (torch.arange(batch_size, device=device) + u) / batch_size
-    noise = torch.randn(x0.permute(0, 2, 3, 1).shape, device=device, generator=rng)
-    return x0, noise_law(u, low, high, tails), noise.permute(0, 3, 1, 2)
+    u = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
+    sigma = noise_law(u, low, high, tails).to(device)
+    rng = generator(seed, 2, step, device)
+    return x0, sigma, torch.randn(x0.shape, generator=rng, device=device)
 
 
 def images_of_step(count, step, batch_size, seed):
-    """Return which of `count` images a step takes: (B,).
+    """Return which of `count` images a step takes.
 
     They stand at step * B to step * B + B - 1 of an endless stream, in which each pass over the
     images has an order of its own.
     """
-    first, end = step * batch_size, (step + 1) * batch_size
-    passes = range(first // count, (end - 1) // count + 1)
-    stream = torch.cat([order_of_pass(count, number, seed) for number in passes])
-    return stream[first % count :][:batch_size]
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [order_of_pass(count, p // count, seed)[p % count] for p in positions]
 
 
 @functools.lru_cache(maxsize=2)
 def order_of_pass(count, number, seed):
-    return torch.randperm(count, generator=generator(seed, 0, number, "cpu"))
+    return torch.randperm(count, generator=generator(seed, 0, number)).tolist()
 
 
-def generator(seed, purpose, count, device):
+def generator(seed, purpose, count, device="cpu"):
     # SeedSequence mixes the three numbers; torch's own CPU generator reads only 32 bits of a seed.
     state = np.random.SeedSequence([seed, purpose, count]).generate_state(1)
     return torch.Generator(device).manual_seed(int(state[0]))
@@ -210,7 +188,6 @@ def learning_rate(step, steps, lr, decay):
 
     decay: the last fraction of the steps over which it falls; 0: the rate is lr throughout.
     """
-    utils.check(0 <= decay <= 1, "DECAY", decay, "must lie between 0 and 1")
     if decay == 0:
         return lr
     rise = (step + 1) / min(500, steps / 10)
@@ -221,40 +198,31 @@ def learning_rate(step, steps, lr, decay):
 def make_optimizers(model, optimizer, lr):
     """Return the optimisers that together train the model.
 
-    Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, so that it takes Adam's learning rates)
-    replaces the update of a matrix by the nearest orthogonal one, so that all its directions learn
-    at one pace. A convolution is a matrix from the patch it sees to its output channels, a
-    transposed one from its input channels to the patch it makes. The first and the last
-    convolution, which meet the pixels, the biases and what embeds the noise level are left to Adam.
-    Its average of squares is then as short as Muon's momentum: a longer one would hardly notice a
-    lone image at a high noise level, whose gradient is a hundred times the usual one.
+    Muon (Jordan et al. 2024, scaled as in Liu et al. 2025) replaces the update of a matrix by the
+    nearest orthogonal one, so that all its directions learn at one pace. A convolution is a matrix
+    from the patch it sees to its output channels. Adam trains the first and the last convolution,
+    which meet the pixels, the biases, and what embeds the noise level. Its average of squares is
+    as short as Muon's momentum, so that it notices a lone image at a high noise level, whose
+    gradient is a hundred times the usual one.
     """
     utils.check(optimizer in ("muon", "adam"), "OPTIMIZER", optimizer, "must be muon or adam")
     if optimizer == "adam":
         return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
-    convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    hidden = [module.weight for module in convolutions[1:-1]]
-    taken = {id(weight) for weight in hidden}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    return [torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.95), fused=True), HiddenMuon(hidden, lr)]
-
-
-@torch.no_grad()
-def update_average(average, model, step, ema):
-    """Move the averaged weights towards the model's, at first faster, to forget the start."""
-    decay = min(ema, (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    hidden = [p for p in model.parameters() if p.ndim == 4][1:-1]
+    rest = [p for p in model.parameters() if all(p is not weight for weight in hidden)]
+    adam = torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.95), fused=True)
+    return [adam, HiddenMuon(hidden, lr, dtype=torch.bfloat16 if model.autocast else torch.float32)]
 
 
 class HiddenMuon(torch.optim.Muon):
     """torch's Muon for convolutions in channels_last: those of one shape all at once.
 
     torch's own step takes the matrices one by one, in some thirty small operations each, between
-    which a GPU waits for the CPU.
+    which a GPU waits for the CPU. dtype: of the products that make matrices orthogonal.
     """
 
-    def __init__(self, weights, lr, weight_decay=0.1):
-        self.weights = weights
+    def __init__(self, weights, lr, weight_decay=0.1, dtype=torch.float32):
+        self.weights, self.dtype = weights, dtype
         matrices = [nn.Parameter(self.as_matrix(weight.detach())) for weight in weights]
         super().__init__(matrices, lr=lr, weight_decay=weight_decay)
         for matrix in matrices:
@@ -275,21 +243,21 @@ class HiddenMuon(torch.optim.Muon):
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         for shape in dict.fromkeys(matrix.shape for matrix in matrices):
             alike = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
-            updates = torch.stack([ahead[i] for i in alike])
+            updates = torch.stack([ahead[i] for i in alike]).to(self.dtype)
             moves = orthogonal(updates, group["ns_coefficients"], group["ns_steps"])
             length = group["lr"] * 0.2 * max(shape) ** 0.5  # as Adam's (Liu et al. 2025, eq. 4)
             torch._foreach_add_([matrices[i] for i in alike], moves.unbind(), alpha=-length)
 
 
 def orthogonal(matrices, coefficients, steps):
-    """Return about the nearest orthogonal matrix to each, by Newton-Schulz iterations in bfloat16.
+    """Return about the nearest orthogonal matrix to each, by Newton-Schulz iterations.
 
     matrices: (N, rows, columns). A singular value ends between 0.7 and 1.2, unless it is close to 0
     (Jordan et al. 2024).
     """
     a, b, c = coefficients
     high = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if high else matrices).bfloat16()
+    x = matrices.mT if high else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -297,8 +265,15 @@ def orthogonal(matrices, coefficients, steps):
     return x.mT if high else x
 
 
+@torch.no_grad()
+def update_average(average, model, step, ema):
+    """Move the averaged weights towards the model's, at first faster, to forget the start."""
+    decay = min(ema, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
 # -----------------------------------------------------------------------------
-# What is measured, checked and kept
+# What is measured and kept
 # -----------------------------------------------------------------------------
 
 
@@ -308,63 +283,40 @@ def validate(model, images, sigmas):
 
     images: uint8 (N, 3, H, W). The noise is the same every time, one field for all levels.
     """
-    count, _, height, width = images.shape
-    noise = np.random.default_rng(0).standard_normal((count, height, width, 3))
-    noise = torch.from_numpy(noise.astype(np.float32)).permute(0, 3, 1, 2).to(images.device)
-    some = max(1, 2**17 // (height * width))  # images at a time
+    x0, denoiser = images / 255, utils.tiled(model)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
     means = {}
     for sigma in sigmas:
-        psnrs = []
-        for x0, z in zip((images / 255).split(some), noise.split(some)):
-            psnrs.append(utils.psnr(model(x0 + sigma * z, sigma).cpu(), x0.cpu()))
-        means[sigma] = torch.cat(psnrs).mean().item()
+        denoised = denoiser(x0 + sigma * noise, sigma)
+        means[sigma] = utils.psnr(denoised.cpu(), x0.cpu()).mean().item()
     return means
 
 
-def check_divergence(step, loss, losses, model):
-    """Raise ValueError if the loss, or a weight, shows that the training diverged.
-
-    losses: those before it, [[images seen, loss], ...].
-    """
-    lowest = min((value for _, value in losses), default=math.inf)
-    finite = all(parameter.isfinite().all() for parameter in model.parameters())
-    if not (math.isfinite(loss) and loss <= 10 * lowest and finite):
-        what = f"a loss of {loss:.3g} after one of {lowest:.3g}, or a weight that is not finite"
-        ways = "what was saved is kept, lower --lr"
-        raise ValueError(f"the training diverged before step {step}: {what}; {ways}")
-
-
-def log_loss(run, batch_size, bar):
-    """Add the mean loss since the last one logged to the curve, and show it.
-
-    Raises ValueError if it shows that the training diverged.
-    """
+def log_loss(run, bar):
+    """Add the mean loss since the last one logged to the curve, and show it."""
+    check_divergence(run)
     loss = float(run["loss_sum"]) / run["loss_steps"]
-    # Of few images, one alone at a high noise level may weigh a hundred times the usual.
-    before = run["losses"] if run["loss_steps"] * batch_size >= 32 else []
-    check_divergence(run["step"], loss, before, run["model"])
-    run["losses"].append([run["step"] * batch_size, loss])
+    run["losses"].append([run["images_seen"], loss])
     run["loss_sum"], run["loss_steps"] = 0.0, 0
     bar.set_postfix(loss=f"{loss:.4f}")
     if bar.disable:
         say(f"step {run['step']}: loss {loss:.4f}")
 
 
+def check_divergence(run):
+    """Raise ValueError if the loss or a weight shows that the training diverged."""
+    loss = float(run["loss_sum"]) / max(1, run["loss_steps"])
+    finite = all(weight.isfinite().all() for weight in run["model"].parameters())
+    if not (loss < 1e4 and finite):  # an untrained network's is about 10, a good one's about 1
+        words = "what was saved is kept, lower --lr"
+        raise ValueError(f"the training diverged before step {run['step']}: {words}")
+
+
 def in_words(psnr):
     return "PSNR " + "  ".join(f"{value:.2f} dB at {sigma:g}" for sigma, value in psnr.items())
 
 
-def start_from(path, model):
-    """Give the model the weights of a checkpoint; return how many images and hours made them."""
-    init = load_model(path)
-    if init.config != model.config:
-        raise ValueError(f"--init '{path}' is another network: {init.config}, not {model.config}")
-    model.load_state_dict(init.state_dict())
-    earlier = init.info.get("earlier", {})
-    return {k: init.info.get(k, 0) + earlier.get(k, 0) for k in ("images_seen", "hours")}
-
-
-def new_run(model, optimizers, train, earlier):
+def new_run(model, optimizers, train, earlier, hardware):
     """Return all that a training keeps between steps, and in its file, before the first of them."""
     run = {
         "model": model,
@@ -379,13 +331,23 @@ def new_run(model, optimizers, train, earlier):
         "val_psnr": {},  # the last of them
         "test_psnr": {},
         "training_images": len(train),
-        "checksum": zlib.crc32(train.pixels.cpu().numpy()),
+        "checksum": train.checksum(),
         "options": utils.options(globals()),
         "earlier": earlier,  # the images and hours that made the checkpoint it started from
-        "hardware": "",
+        "hardware": hardware,
         "torch": str(torch.__version__),
     }
     return run | {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
+
+
+def start_from(path, model):
+    """Give the model the weights of a checkpoint; return how many images and hours made them."""
+    init = load_model(path)
+    if init.config != model.config:
+        raise ValueError(f"--init '{path}' is another network: {init.config}, not {model.config}")
+    model.load_state_dict(init.state_dict())
+    earlier = init.info.get("earlier", {})
+    return {k: init.info.get(k, 0) + earlier.get(k, 0) for k in ("images_seen", "hours")}
 
 
 def files_of(name):
@@ -396,7 +358,7 @@ def files_of(name):
 
 def save(run, network, resume, figure, table):
     """Write all of `run`, from which the training goes on, then the network and its curves."""
-    check_divergence(run["step"], float(run["loss_sum"]), [], run["model"])
+    check_divergence(run)
     states = {k: v.state_dict() for k, v in run.items() if hasattr(v, "state_dict")}
     info = {k: v for k, v in run.items() if k not in states}
     utils.save_checkpoint(resume, info | states)
@@ -411,10 +373,7 @@ def save(run, network, resume, figure, table):
 
 
 def load(run, network, resume):
-    """Go on from what `save` wrote, if it did.
-
-    Raises ValueError where that is another training, or damaged.
-    """
+    """Go on from what `save` wrote, if it did; raises ValueError if that is another training."""
     if not resume.exists():
         if network.exists():
             words = f"'{network}' exists, without '{resume.name}' to go on from"
@@ -444,50 +403,21 @@ def load(run, network, resume):
 # -----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def processes():
-    """Within the block this process works together with the others that torchrun has started.
-
-    Raises OSError where another one has ended.
-    """
+def join_processes():
+    """Return the number of this process, from 0, and how many torchrun has started."""
     if not dist.is_torchelastic_launched():
-        yield
-        return
+        return 0, 1
     dist.init_process_group()
-    try:
-        yield
-    except RuntimeError as error:
-        if "memory" in str(error):
-            raise
-        raise OSError(f"another process of this training has ended ({error})") from None
-    finally:
-        dist.destroy_process_group()  # else its threads now and then abort the process at its end
+    atexit.register(dist.destroy_process_group)  # else its threads may abort the process's end
+    return dist.get_rank(), dist.get_world_size()
 
 
-def place():
-    """Return the number of this process, from 0, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def largest(number):
-    """Return the largest of the numbers of all processes, which wait here for each other."""
+def total(number):
+    """Return the sum over all processes, which wait here for each other."""
+    number = torch.as_tensor(number, dtype=torch.float32)
     if dist.is_initialized():
-        numbers = torch.tensor(float(number))
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        number = numbers.item()
+        dist.all_reduce(number)
     return number
-
-
-def mean_over_processes(loss):
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-        loss = loss / dist.get_world_size()
-    return loss
-
-
-def say(text):
-    if place()[0] == 0:  # the first process speaks, measures and writes
-        tqdm.write(text)
 
 
 def note_signals():
@@ -496,6 +426,11 @@ def note_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
     return received
+
+
+def say(text):
+    if not dist.is_initialized() or dist.get_rank() == 0:  # the first process speaks for all
+        tqdm.write(text)
 
 
 # -----------------------------------------------------------------------------
@@ -509,72 +444,69 @@ def check_options(world):
     utils.check(BATCH_SIZE > 0 and BATCH_SIZE % world == 0, "BATCH_SIZE", BATCH_SIZE, words)
     utils.check(len(SIGMAS) <= 2, "SIGMAS", SIGMAS, "must be the lowest and the highest, or one")
     utils.check(0 <= SEED < 2**32, "SEED", SEED, "must lie between 0 and 2^32 - 1")
-    utils.check(0 <= EMA < 1, "EMA", EMA, "must be at least 0 and below 1")
     utils.check(CLIP > 0, "CLIP", CLIP, "must be positive")
-    utils.check(CROP > 0, "CROP", CROP, "must be positive")
 
 
-def read_data(device):
+def read_data(rank, device):
     """Return the crops to train on, and images uint8 (N, 3, CROP, CROP) to validate and to test."""
-    rank, _ = place()
     if rank > 0:
-        largest(0)  # the first process reads before the others: it may have to download
-    images = utils.training_images(DATA, smallest=CROP, notify=say)
+        total(0)  # the first process reads before the others: it may have to download
+    images, tests = utils.training_images(DATA, smallest=CROP, notify=say), []
+    if TEST != "none":
+        tests = utils.training_images(TEST, train=False, smallest=CROP, notify=say)[:1000]
+    if rank == 0:
+        total(0)
     words = f"must leave some of the {len(images)} images of '{DATA}' to train on"
     utils.check(0 < VAL_IMAGES < len(images), "VAL_IMAGES", VAL_IMAGES, words)
-    train = Crops(images[:-VAL_IMAGES], CROP, FLIP, TURN, device)
-    val, test = middle(images[-VAL_IMAGES:], CROP).to(device), None
-    if TEST != "none":
-        test = utils.training_images(TEST, train=False, smallest=CROP, notify=say)[:1000]
-        test = middle(test, CROP).to(device)
-    if rank == 0:
-        largest(0)
-    return train, val, test
+    train = Crops(images[:-VAL_IMAGES], CROP, FLIP, TURN)
+    return train, middle(images[-VAL_IMAGES:], device), middle(tests, device)
 
 
-@processes()
+def middle(images, device):
+    crops = [utils.crop(torch.tensor(image).permute(2, 0, 1), CROP) for image in images]
+    return torch.stack(crops).to(device) if crops else []
+
+
 def main():
-    rank, world = place()
+    rank, world = join_processes()
     check_options(world)
     device = utils.pick_device(DEVICE)
     bfloat16 = utils.pick_bfloat16(PRECISION, device)
     low, high = SIGMAS[0], SIGMAS[-1]
+    val_sigmas = [s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if low <= s <= high] or [high]
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest
     model = ScoreModel(NETWORK, low, high, WIDTHS, BLOCKS, ATTENTION, autocast=bfloat16).to(device)
     earlier = start_from(INIT, model) if INIT != "none" else {}
     optimizers = make_optimizers(model, OPTIMIZER, LR)
-    train, val, test = read_data(device)
-    run = new_run(model, optimizers, train, earlier)
-    val_sigmas = [s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if low <= s <= high] or [high]
+    train, val, test = read_data(rank, device)
     steps = math.ceil(EPOCHS * len(train) / BATCH_SIZE)
-    log_steps = max(1, min(100, steps // 10))
-    val_steps = max(1, steps // min(100, max(10, EPOCHS)))
+    log_steps, val_steps = max(1, min(100, steps // 10)), max(1, steps // 20)
+    here = utils.hardware(device, world)
+    run = new_run(model, optimizers, train, earlier, here)
     files = files_of(NAME)
 
     with utils.locked(*files) if rank == 0 else contextlib.nullcontext():
         load(run, *files[:2])
-        words = "must name a training that all processes find: share checkpoints/ between machines"
-        utils.check(largest(run["step"]) == -largest(-run["step"]), "NAME", NAME, words)
-        here = utils.hardware(device, world)
-        if run["step"] < steps and run["hardware"].split(", then ")[-1] != here:
-            run["hardware"] += f", then {here}" if run["hardware"] else here
+        if not run["hardware"].endswith(here):
+            run["hardware"] += f", then {here}"
         network = torch.compile(model, dynamic=False, mode="reduce-overhead") if COMPILE else model
         if world > 1:
             network = DistributedDataParallel(network)  # averages the gradients over processes
         say(f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {here}")
         say(f"{len(train):,} training images, {steps:,} steps, from step {run['step']:,}")
-        total = steps * BATCH_SIZE
-        quiet = rank > 0 or None  # None: where stderr is no terminal
-        bar = tqdm(total=total, initial=run["images_seen"], unit="img", disable=quiet)
+        hidden = rank > 0 or None  # None: where stderr is no terminal
+        bar = tqdm(total=steps * BATCH_SIZE, initial=run["images_seen"], unit="img", disable=hidden)
         signals = note_signals()
         began = time.perf_counter() - 3600 * run["hours"]
         saved = run["hours"]
 
-        while run["step"] < steps and not largest(len(signals)):
-            x0, sigma, noise = make_batch(train, run["step"], BATCH_SIZE, low, high, TAILS, SEED)
-            share = slice(rank, None, world)
-            loss = denoising_loss(network, x0[share], sigma[share], noise[share])
+        while run["step"] < steps and not total(len(signals)):
+            x0, sigma, noise = make_batch(
+                train, run["step"], BATCH_SIZE, low, high, TAILS, SEED, device
+            )
+            mine = slice(rank, None, world)
+            loss = denoising_loss(network, x0[mine], sigma[mine], noise[mine])
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -585,13 +517,13 @@ def main():
 
             run["step"] += 1
             run["images_seen"] += BATCH_SIZE
-            run["loss_sum"] += mean_over_processes(loss.detach())
+            run["loss_sum"] += total(loss.detach()) / world
             run["loss_steps"] += 1
             run["hours"] = (time.perf_counter() - began) / 3600
             bar.update(BATCH_SIZE)
             if run["step"] % log_steps == 0:
-                log_loss(run, BATCH_SIZE, bar)
-            if rank == 0 and (run["step"] % val_steps == 0 or run["step"] == steps):
+                log_loss(run, bar)
+            if rank == 0 and (steps - run["step"]) % val_steps == 0:
                 run["val_psnr"] = validate(run["average"], val, val_sigmas)
                 run["psnrs"].append([run["images_seen"], run["val_psnr"]])
                 say(f"step {run['step']}: validation {in_words(run['val_psnr'])}")
@@ -601,15 +533,14 @@ def main():
 
         bar.close()
         if rank == 0:
-            if run["step"] >= steps and test is not None:
+            if run["step"] >= steps and len(test):
                 run["test_psnr"] = validate(run["average"], test, val_sigmas)
                 say(f"test {in_words(run['test_psnr'])}")
             save(run, *files)
         if run["step"] < steps:
             say(f"stopped after step {run['step']} of {steps}, saved: the same command goes on")
             sys.exit(130)
-    wrote = f"wrote '{files[0]}' and '{files[2]}'"
-    say(f"{run['images_seen']:,} images seen; {wrote}; more --epochs go on")
+    say(f"{run['images_seen']:,} images seen, wrote '{files[0]}' and '{files[2]}'")
 
 
 if __name__ == "__main__":
