@@ -312,8 +312,11 @@ def check_divergence(run):
         raise ValueError(f"the training diverged before step {run['step']}: {words}")
 
 
-def in_words(psnr):
-    return "PSNR " + "  ".join(f"{value:.2f} dB at {sigma:g}" for sigma, value in psnr.items())
+def measure(run, kind, images, sigmas):
+    """Note and say the PSNR of the averaged weights on images of that kind, "val" or "test"."""
+    run[f"{kind}_psnr"] = validate(run["average"], images, sigmas)
+    words = [f"{value:.2f} dB at {sigma:g}" for sigma, value in run[f"{kind}_psnr"].items()]
+    say(f"step {run['step']}: {kind} PSNR {'  '.join(words)}")
 
 
 def new_run(model, optimizers, train, earlier, hardware):
@@ -473,7 +476,7 @@ def main():
     device = utils.pick_device(DEVICE)
     bfloat16 = utils.pick_bfloat16(PRECISION, device)
     low, high = SIGMAS[0], SIGMAS[-1]
-    val_sigmas = [s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if low <= s <= high] or [high]
+    sigmas = [s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if low <= s <= high] or [high]
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest
     model = ScoreModel(NETWORK, low, high, WIDTHS, BLOCKS, ATTENTION, autocast=bfloat16).to(device)
@@ -501,41 +504,38 @@ def main():
         began = time.perf_counter() - 3600 * run["hours"]
         saved = run["hours"]
 
-        while run["step"] < steps and not total(len(signals)):
-            x0, sigma, noise = make_batch(
-                train, run["step"], BATCH_SIZE, low, high, TAILS, SEED, device
-            )
+        for step in range(run["step"], steps):
+            x0, sigma, noise = make_batch(train, step, BATCH_SIZE, low, high, TAILS, SEED, device)
             mine = slice(rank, None, world)
             loss = denoising_loss(network, x0[mine], sigma[mine], noise[mine])
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = learning_rate(run["step"], steps, LR, DECAY)
+                optimizer.param_groups[0]["lr"] = learning_rate(step, steps, LR, DECAY)
                 optimizer.step()
-            update_average(run["average"], model, run["step"], EMA)
+            update_average(run["average"], model, step, EMA)
 
-            run["step"] += 1
-            run["images_seen"] += BATCH_SIZE
             run["loss_sum"] += total(loss.detach()) / world
             run["loss_steps"] += 1
+            run["step"], run["images_seen"] = step + 1, (step + 1) * BATCH_SIZE
             run["hours"] = (time.perf_counter() - began) / 3600
             bar.update(BATCH_SIZE)
             if run["step"] % log_steps == 0:
                 log_loss(run, bar)
             if rank == 0 and (steps - run["step"]) % val_steps == 0:
-                run["val_psnr"] = validate(run["average"], val, val_sigmas)
+                measure(run, "val", val, sigmas)
                 run["psnrs"].append([run["images_seen"], run["val_psnr"]])
-                say(f"step {run['step']}: validation {in_words(run['val_psnr'])}")
             if rank == 0 and run["hours"] - saved > SAVE_MINUTES / 60:
                 save(run, *files)
                 saved = run["hours"]
+            if total(len(signals)):  # to any of the processes
+                break
 
         bar.close()
         if rank == 0:
             if run["step"] >= steps and len(test):
-                run["test_psnr"] = validate(run["average"], test, val_sigmas)
-                say(f"test {in_words(run['test_psnr'])}")
+                measure(run, "test", test, sigmas)
             save(run, *files)
         if run["step"] < steps:
             say(f"stopped after step {run['step']} of {steps}, saved: the same command goes on")

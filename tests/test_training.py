@@ -383,7 +383,7 @@ def test_a_training_tells_its_story(trained):
     count = sum(p.numel() for p in model.parameters())
     assert first == f"unet, {count:,} parameters, on {info['hardware']}"
     assert second == "24 training images, 12 steps, from step 0"
-    assert validation.startswith("step 12: validation PSNR") and test.startswith("test PSNR")
+    assert validation.startswith("step 12: val PSNR") and test.startswith("step 12: test PSNR")
     for line, psnr in ((validation, info["val_psnr"]), (test, info["test_psnr"])):
         for sigma, value in psnr.items():
             assert f"{value:.2f} dB at {sigma:g}" in line
