@@ -383,7 +383,7 @@ def plot_components(path, model, x0, device, sigma=0.6, count=3):
         deviation = variances[0, k].clamp(min=0).sqrt()
         note, row = f"direction {k + 1}", []
         for t in (-2, -1, 0, 1, 2):
-            title = f"{t:+d} deviations" if t else "one step"
+            title = f"{t:+d} sd" if t else "one step"
             row.append((title, middle + t * deviation * direction, "" if t else note))
         rows.append([*row, ("direction", 0.5 + direction / direction.abs().max() / 2, "")])
     utils.plot_images(path, rows, detail=0)
@@ -427,7 +427,7 @@ def observations_table(device):
     options = {"names": observations.TYPICAL}
     rows, _ = observations.compare(model, x0, 0.1, SEED, BATCH, OBSERVED_STEPS, **options)
     print(f"\nwith noise of 0.1 instead of {SIGMA_Y:g}\n{utils.table(rows)}")
-    utils.plot_images(Path(FIGURES, "observations.jpg"), panels, True, detail=0)
+    utils.plot_images(Path(FIGURES, "observations.png"), panels, True, detail=0)
 
 
 def seconds_of(device, function, *arguments):

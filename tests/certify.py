@@ -259,12 +259,16 @@ def study_forgetting(path, model, y, x0, sigma):
     for label, run, style in (
         ("plain Langevin (the recipe)", langevin, {"color": RED, "marker": "v"}),
         (
-            "corrections as published",
+            "corrections by the score alone",
             partial(corrected, observe=False),
             {"color": PINK, "marker": "s"},
         ),
-        ("with the pull of y", partial(corrected, observe=True), {"color": BLUE, "marker": "o"}),
-        ("annealed Langevin, with it", annealed, {"color": GREEN, "marker": "^"}),
+        (
+            "corrections with the pull of y",
+            partial(corrected, observe=True),
+            {"color": BLUE, "marker": "o"},
+        ),
+        ("annealed Langevin with the pull of y", annealed, {"color": GREEN, "marker": "^"}),
     ):
         calls, errors = [], []
         for n in (20, 40, 80, 160, 320):

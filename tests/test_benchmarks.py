@@ -36,6 +36,13 @@ class White:
         return 0.5 + self.c**2 / (self.c**2 + variance) * (x - 0.5)
 
 
+class Pale(White):
+    """A network that gives half of the contrast that it should."""
+
+    def __call__(self, x, sigma):
+        return 0.5 + (super().__call__(x, sigma) - 0.5) / 2
+
+
 @pytest.fixture
 def posterior():
     """Clean and noisy images, mean and deviation of p(x0 | y)."""
@@ -123,8 +130,8 @@ def test_all_samplers_are_certified_and_white_priors_have_white_samples(monkeypa
     lines = {line.get_label(): line.get_xydata() for line in figures["forgetting"].axes[0].lines}
     assert lines["plain Langevin (the recipe)"][:, 0].tolist() == [20, 40, 80, 160, 320]
     assert (
-        abs(lines["with the pull of y"][-1, 1] - 2) < 0.15
-        and lines["corrections as published"][-1, 1] > 2.5
+        abs(lines["corrections with the pull of y"][-1, 1] - 2) < 0.15
+        and lines["corrections by the score alone"][-1, 1] > 2.5
     )
 
 
@@ -137,6 +144,10 @@ def test_samples_from_nothing_have_the_power_of_the_prior(figures):
     pale = x0.mean(1, keepdim=True) + 0.5 * (x0 - x0.mean(1, keepdim=True))
     share = certify.spectrum(pale, pale) / certify.spectrum(x0, x0)
     torch.testing.assert_close(share, torch.tensor([[1.0] * 3, [0.25] * 3]).double())
+    x0[:, 2] = x0[:, 0]
+    assert certify.spectrum(x0, x0)[1].max() < 1e-9
+    row = certify.study_nothing(Path("pale.png"), Pale(), x0, "cpu")[-1]
+    assert abs(row["brightness above"] - 2) < 0.1  # one step needs twice its contrast
     assert len(np.unique(figures["nothing"].axes[0].images[0].get_array())) > 200
 
 
@@ -335,10 +346,12 @@ def test_what_is_expected_is_plotted_over_what_is_true(run, figures, monkeypatch
     x0 = benchmark.crops()[0].permute(1, 2, 0).numpy()
     assert np.corrcoef(error.ravel(), ((one_step - x0) ** 2).mean(2).ravel() ** 0.5)[0, 1] > 0.9
     row = {title: image for title, image, _ in figures["components"][1]}
-    along = row["+2 deviations"] - row["-2 deviations"]
+    along = row["+2 sd"] - row["-2 sd"]
+    variance = 1 / (1 / ScoreModel.sigma_data**2 + 1 / 0.6**2)  # an untrained network is White
+    assert abs(along.norm() / variance**0.5 - 4) < 0.01
     direction = row["direction"] - 0.5
     assert torch.corrcoef(torch.stack([along.flatten(), direction.flatten()]))[0, 1] > 0.999
-    assert row["one step"].allclose((row["+1 deviations"] + row["-1 deviations"]) / 2, atol=1e-5)
+    assert row["one step"].allclose((row["+1 sd"] + row["-1 sd"]) / 2, atol=1e-5)
     assert {note for _, _, note in figures["components"][1]} == {"", "direction 2"}
 
 
