@@ -103,7 +103,7 @@ def noise_law(u, low, high, tails):
     utils.check(0 < tails < 0.5, "TAILS", tails, "must lie between 0 and 0.5")
     inner = [(v, s) for v, s in ((tails, 0.015), (1 - tails, 0.7)) if low < s < high]
     quantiles, sigmas = zip((0, low), *inner, (1, high))
-    return torch.from_numpy(np.interp(u, quantiles, np.log(sigmas))).exp().to(u.dtype)
+    return np.exp(np.interp(u, quantiles, np.log(sigmas)))
 
 
 # -----------------------------------------------------------------------------
@@ -132,13 +132,13 @@ class Crops:
 
     def draw(self, index, rng):
         """Return a random crop of each of these B images: uint8 (B, 3, size, size)."""
+        sides = np.array([self.images[k].shape[:2] for k in index])
+        corners = rng.integers(sides - self.size + 1)
+        views = rng.integers((2, 4), size=(len(index), 2))
         crops = []
-        numbers = torch.randint(2**31, (4, len(index)), generator=rng).T.tolist()
-        for k, (down, right, mirrored, quarters) in zip(index, numbers):
-            height, width, _ = self.images[k].shape
-            top, left = down % (height - self.size + 1), right % (width - self.size + 1)
+        for k, (top, left), (mirrored, quarters) in zip(index, corners, views):
             crop = self.images[k][top : top + self.size, left : left + self.size]
-            if self.flip and mirrored % 2:
+            if self.flip and mirrored:
                 crop = crop[:, ::-1]
             if self.turn:
                 crop = np.rot90(crop, quarters)
@@ -148,13 +148,13 @@ class Crops:
 
 def make_batch(crops, step, batch_size, low, high, tails, seed, device="cpu"):
     """Return x0, sigma and noise of one step, which depend on the seed and the step alone."""
-    rng = generator(seed, 1, step)
+    rng = np.random.default_rng([seed, 1, step])
     x0 = crops.draw(images_of_step(len(crops), step, batch_size, seed), rng).to(device) / 255
     # One quantile from each of B equal slices: the same law as independent ones, less variance.
-    u = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
-    sigma = noise_law(u, low, high, tails).to(device)
-    rng = generator(seed, 2, step, device)
-    return x0, sigma, torch.randn(x0.shape, generator=rng, device=device)
+    u = (np.arange(batch_size) + rng.random(batch_size)) / batch_size
+    sigma = torch.tensor(noise_law(u, low, high, tails), dtype=torch.float32, device=device)
+    noise_rng = torch.Generator(device).manual_seed(int(rng.integers(2**32)))
+    return x0, sigma, torch.randn(x0.shape, generator=noise_rng, device=device)
 
 
 def images_of_step(count, step, batch_size, seed):
@@ -169,13 +169,7 @@ def images_of_step(count, step, batch_size, seed):
 
 @functools.lru_cache(maxsize=2)
 def order_of_pass(count, number, seed):
-    return torch.randperm(count, generator=generator(seed, 0, number)).tolist()
-
-
-def generator(seed, purpose, count, device="cpu"):
-    # SeedSequence mixes the three numbers; torch's own CPU generator reads only 32 bits of a seed.
-    state = np.random.SeedSequence([seed, purpose, count]).generate_state(1)
-    return torch.Generator(device).manual_seed(int(state[0]))
+    return np.random.default_rng([seed, 0, number]).permutation(count)
 
 
 # -----------------------------------------------------------------------------
@@ -446,7 +440,7 @@ def check_options(world):
     words = f"must be a positive multiple of the number of processes, {world}"
     utils.check(BATCH_SIZE > 0 and BATCH_SIZE % world == 0, "BATCH_SIZE", BATCH_SIZE, words)
     utils.check(len(SIGMAS) <= 2, "SIGMAS", SIGMAS, "must be the lowest and the highest, or one")
-    utils.check(0 <= SEED < 2**32, "SEED", SEED, "must lie between 0 and 2^32 - 1")
+    utils.check(SEED >= 0, "SEED", SEED, "must not be negative")
     utils.check(CLIP > 0, "CLIP", CLIP, "must be positive")
 
 

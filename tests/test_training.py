@@ -172,14 +172,14 @@ def test_the_typical_error_is_that_of_the_shipped_network():
 
 
 def test_noise_levels_are_log_uniform_in_three_parts():
-    u = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    u = np.linspace(0, 1, 2001)
     sigma = noise_law(u, 0.005, 20.0, 0.1)
     assert abs(sigma[0] / 0.005 - 1) < 1e-9 and abs(sigma[-1] / 20 - 1) < 1e-9
     for low, high, share in ((0.0, 0.015, 0.1), (0.015, 0.7, 0.8), (0.7, 30.0, 0.1)):
-        part = sigma[(sigma > low) & (sigma < high)].log()
-        assert abs(len(part) / 2001 - share) < 2e-3 and part.diff().std() < 1e-9
-    torch.testing.assert_close(noise_law(u, 0.02, 0.5, 0.1), 0.02 * 25**u)
-    torch.testing.assert_close(noise_law(u, 0.1, 0.1, 0.1), torch.full_like(u, 0.1))
+        part = np.log(sigma[(sigma > low) & (sigma < high)])
+        assert abs(len(part) / 2001 - share) < 2e-3 and np.diff(part).std() < 1e-9
+    np.testing.assert_allclose(noise_law(u, 0.02, 0.5, 0.1), 0.02 * 25**u)
+    np.testing.assert_allclose(noise_law(u, 0.1, 0.1, 0.1), 0.1)
 
 
 def test_the_learning_rate_rises_holds_and_falls():
@@ -223,7 +223,7 @@ def coordinates():
 
 @pytest.mark.parametrize("flip, turn", list(product((False, True), (False, True))))
 def test_crops_are_windows_of_their_image_mirrored_and_turned(flip, turn):
-    crops, rng = Crops(coordinates(), 5, flip, turn), torch.Generator().manual_seed(3)
+    crops, rng = Crops(coordinates(), 5, flip, turn), np.random.default_rng(3)
     index = [0, 1, 2, 3] * 100
     numbers, rows, columns = crops.draw(index, rng).unbind(1)
     assert (numbers == torch.tensor(index)[:, None, None]).all()
@@ -264,8 +264,9 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_a_batch_has_one_noise_level_from_each_slice_and_unit_noise():
     for step in range(3):
         x0, sigma, noise = batch(step, size=64)
-        edges = noise_law(torch.arange(65) / 64, 0.01, 1.0, 0.2)
-        assert (sigma >= edges[:-1] - 1e-7).all() and (sigma <= edges[1:] + 1e-7).all()
+        edges = noise_law(np.arange(65) / 64, 0.01, 1.0, 0.2)
+        found = sigma.double().numpy()
+        assert (found >= edges[:-1] - 1e-7).all() and (found <= edges[1:] + 1e-7).all()
         four_errors = 4 * (2 / noise.numel()) ** 0.5
         assert noise.shape == x0.shape and abs(noise.square().mean() - 1) < four_errors
         assert x0.dtype == sigma.dtype == noise.dtype == torch.float32
@@ -404,7 +405,7 @@ def test_a_psnr_is_of_its_images_and_of_the_averaged_weights(trained, data):
             measured[kind] = train_score.validate(model, seen_as, levels)
         for sigma, psnr in trained.state[name].items():
             assert abs(psnr - measured["average"][sigma]) < 1e-6
-            assert abs(psnr - measured["model"][sigma]) > 1e-4
+            assert abs(psnr - measured["model"][sigma]) > 1e-5
 
 
 def test_what_is_trained_on_and_measured_is_told_apart(tmp_path, monkeypatch):
@@ -673,7 +674,7 @@ def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
         ("--batch-size 0", "--batch-size must be a positive multiple"),
         ("--clip 0", "--clip must be positive, not 0"),
         ("--name ../other", "--name must be up to 100 letters"),
-        ("--seed -1", "--seed must lie between 0"),
+        ("--seed -1", "--seed must not be negative"),
         ("--epoch 3", "--epoch"),
     ],
 )
