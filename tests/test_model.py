@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_score
 import utils
 from model import (
     CNN3,
-    NoiseEmbedding,
     ResidualBlock,
     ScoreModel,
     WindowAttention,
@@ -54,15 +52,9 @@ def test_cnn3_is_the_network_of_the_recipe():
     assert sum(isinstance(m, torch.nn.ReLU) for m in CNN3().modules()) == 2
 
 
-def test_a_new_block_is_the_identity_at_every_level():
+def test_a_residual_block_is_its_formula_and_starts_as_the_identity():
     block, x, e = ResidualBlock(8, 4), images(2, 8, 6, 6), images(2, 4)
     assert torch.equal(block(x, e), x)
-    torch.nn.init.ones_(block.conv2.weight)  # no level is told apart yet
-    assert torch.equal(block(x, e), block(x, 7 * e)) and not torch.equal(block(x, e), x)
-
-
-def test_a_residual_block_is_its_formula():
-    block, x, e = ResidualBlock(8, 4), images(2, 8, 6, 6), images(2, 4)
     for parameter in block.parameters():
         rng = torch.Generator().manual_seed(parameter.numel())
         torch.nn.init.normal_(parameter, generator=rng)
@@ -71,13 +63,6 @@ def test_a_residual_block_is_its_formula():
     h = block.conv1(x * x.sigmoid()) * (1 + scale) + shift
     expected = x + block.conv2(h * h.sigmoid())
     torch.testing.assert_close(block(x, e), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_sines_of_its_logarithm_embed_the_noise_level():
-    layer, log_sigma = NoiseEmbedding(6), torch.tensor([-2.0, 0.3])
-    angles = log_sigma[:, None] * 2 ** torch.linspace(-2, 2, 16)
-    expected = layer.layers(torch.cat([angles.cos(), angles.sin()], 1))
-    torch.testing.assert_close(layer(log_sigma), expected)
 
 
 @pytest.mark.parametrize("size", [(6, 9), (8, 4), (3, 3)])
@@ -126,47 +111,23 @@ def test_an_untrained_unet_is_a_wiener_estimate(sigma):
     torch.testing.assert_close(ScoreModel(**SMALL)(x, sigma), expected)
 
 
-def test_the_networks_target_has_unit_variance():
-    # D = x0 solved for F has variance 1 whatever sigma, if x0 has variance sigma_data^2 (Karras et
-    # al. 2022, B.6); so has what F sees.
-    rng, model = torch.Generator().manual_seed(0), ScoreModel(**SMALL)
-    for sigma in (0.01, 0.1, 1.0):
-        x0 = 0.5 + model.sigma_data * torch.randn(16, 3, 64, 64, generator=rng)
-        x = x0 + sigma * torch.randn(x0.shape, generator=rng)
-        model.net.forward = lambda scaled, log_sigma: torch.ones_like(scaled)
-        ones = model(x, sigma)
-        model.net.forward = lambda scaled, log_sigma: torch.zeros_like(scaled)
-        zeros = model(x, sigma)
-        model.net.forward = lambda scaled, log_sigma: scaled
-        seen = (model(x, sigma) - zeros) / (ones - zeros)
-        target = (x0 - zeros) / (ones - zeros)
-        four_errors = 4 * (2 / x0.numel()) ** 0.5
-        for part in (target, seen):
-            assert abs(part.var().item() - 1) < four_errors
-
-
-@pytest.mark.parametrize("network", ["unet", "cnn3"])
-def test_score_and_denoiser_obey_tweedie(network):
-    model, x = small_model(network=network), images(2, 3, 8, 8, dtype=torch.float64)
+def test_score_and_denoiser_obey_tweedie():
+    model, x = small_model(), images(2, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(x + 0.1**2 * model.score(x, 0.1), model(x, 0.1))
-
-
-def test_cnn3_is_the_score_itself():
-    model, x = small_model(network="cnn3"), images(2, 3, 8, 8)
-    torch.testing.assert_close(model.score(x, 0.1), model.net(x), rtol=1e-4, atol=1e-4)
+    model = small_model(network="cnn3")  # is the score itself
+    torch.testing.assert_close(model.score(x, 0.1), model.net(x.float()).double())
 
 
 def test_sigma_may_be_one_number_or_one_per_image():
     model, x = small_model(), images(3, 3, 8, 8)
     expected = model(x, 0.1)
-    for shape in ((), (1,), (3,), (3, 1)):
-        assert torch.equal(model(x, torch.full(shape, 0.1)), expected)
-    assert torch.equal(model(x, np.float32(0.1)), expected)
+    for same in (np.float32(0.1), [0.1], torch.full((), 0.1), torch.full((3,), 0.1)):
+        assert torch.equal(model(x, same), expected)
     mixed = model(x, torch.tensor([0.1, 0.5, 0.1]))
     torch.testing.assert_close(mixed[0], expected[0])
-    assert (mixed[1] - expected[1]).abs().max() > 1e-3
-    levels = [0.1, 0.5, 0.1]
-    for same in (levels, np.array(levels), torch.tensor(levels).view(3, 1, 1, 1)):
+    torch.testing.assert_close(mixed[1:2], model(x[1:2], 0.5))
+    levels = np.array([0.1, 0.5, 0.1])
+    for same in (levels, levels.tolist(), torch.tensor(levels).view(3, 1, 1, 1)):
         torch.testing.assert_close(model(x, same), mixed)
 
 
@@ -175,42 +136,30 @@ def test_a_level_that_is_none_is_refused(wrong):
     model, x = small_model(), images(2, 3, 8, 8)
     for levels in (wrong, [0.1, wrong], torch.tensor([0.1, wrong]), torch.tensor(wrong)):
         for call in (model, model.score):
-            with pytest.raises(ValueError, match="must lie between 0 and 1e18.*(-0.1|nan|inf)"):
+            with pytest.raises(ValueError, match="at least 0, not .*(-0.1|nan|inf)"):
                 call(x, levels)
-    with pytest.raises(ValueError, match="3 noise levels for 2 images"):
-        model(x, [0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize("sigma", [0.001, 5.0, 79.0])
-def test_outside_its_range_the_network_gets_the_nearest_level(sigma):
+@pytest.mark.parametrize("sigma, nearest", [(0.001, 0.01), (0.1, 0.1), (5.0, 1.0)])
+def test_outside_its_range_the_network_gets_the_nearest_level(sigma, nearest):
     # c_skip, c_out and c_in use the true level, so the result stays an image.
-    model = load_model("checkpoints/score_cifar10.pt")
-    x0 = torch.from_numpy(photographs(32))
-    y = x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    assert ((model(y, sigma) - x0) ** 2).mean() < min(2 * sigma**2, 0.1)
-    seen = []
-
-    def network(scaled, log_sigma):
-        seen.append(log_sigma)
-        return torch.zeros_like(scaled)
-
-    model.net.forward = network
-    c2 = model.sigma_data**2
-    torch.testing.assert_close(model(y, sigma), 0.5 + c2 / (c2 + sigma**2) * (y - 0.5))
-    nearest = min(max(sigma, 0.005), 20.0)
-    assert abs(seen[0][0].exp().item() / nearest - 1) < 1e-5
+    model, y, c2 = small_model(), images(2, 3, 8, 8), 0.25**2
+    model.net.forward = lambda scaled, log_sigma: scaled * 0 + log_sigma[:, None, None, None]
+    expected = 0.5 + c2 / (c2 + sigma**2) * (y - 0.5)
+    expected += 0.25 * sigma / math.sqrt(c2 + sigma**2) * math.log(nearest)
+    torch.testing.assert_close(model(y, sigma), expected)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 7), (31, 33), (64, 48)])
 @pytest.mark.parametrize("network", ["unet", "cnn3"])
-def test_any_size_works_and_gradients_reach_the_image(network, size):
+def test_any_size_works_and_gradients_reach_the_image(network):
     shape = {"widths": (32, 32, 32), "blocks": (1, 1, 1), "attention": (1, 1, 1)}
     model = small_model(network=network, **shape)
-    x = images(2, 3, *size).requires_grad_()
-    denoised = model(x, 0.1)
-    assert denoised.shape == x.shape
-    (gradient,) = torch.autograd.grad(denoised.square().sum(), x)
-    assert gradient.isfinite().all() and (gradient != 0).all()
+    for size in ((1, 1), (1, 9), (31, 33)):
+        x = images(2, 3, *size).requires_grad_()
+        denoised = model(x, 0.1)
+        assert denoised.shape == x.shape
+        (gradient,) = torch.autograd.grad(denoised.square().sum(), x)
+        assert gradient.isfinite().all() and (gradient != 0).all()
 
 
 def test_padding_keeps_the_image_in_place():
@@ -219,14 +168,10 @@ def test_padding_keeps_the_image_in_place():
     torch.testing.assert_close(model(x[..., :7], 0.1), model(padded, 0.1)[..., :7])
 
 
-def test_only_a_batch_of_float_images_is_taken():
-    for wrong in (
-        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
-        torch.zeros(3, 4, 4),
-        torch.zeros(1, 1, 4, 4),
-        torch.zeros(1, 3, 0, 4),
-    ):
-        with pytest.raises(ValueError, match=re.escape(str(tuple(wrong.shape)))):
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 1, 4, 4), (1, 3, 0, 4)])
+def test_only_a_batch_of_float_images_is_taken(shape):
+    for wrong in (torch.zeros(shape), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=re.escape(f"(B, 3, H, W), not {tuple(wrong.shape)}")):
             small_model()(wrong, 0.1)
 
 
@@ -234,19 +179,15 @@ def test_only_a_batch_of_float_images_is_taken():
     "change, words",
     [
         ({"sigma_min": 0.0}, "0.0 and 1.0"),
-        ({"sigma_max": 0.001}, "0.01 and 0.001"),
         ({"sigma_max": math.inf}, "0.01 and inf"),
         ({"network": "transformer"}, "unknown network 'transformer'"),
         ({"network": "cnn3"}, "one noise level, not 0.01 to 1.0"),
         ({"blocks": (1, 2, 3)}, "as many blocks and attention"),
         ({"widths": (), "blocks": (), "attention": ()}, "give 1 to 5 widths"),
-        ({"widths": (8,) * 6, "blocks": (1,) * 6, "attention": (0,) * 6}, "give 1 to 5 widths"),
-        ({"widths": (0, 8)}, "from 1 to 2048, not (0, 8)"),
-        ({"widths": (8.0, 8)}, "integers from 1 to 2048"),
-        ({"blocks": (10_000_000, 1)}, "from 1 to 2048"),
-        ({"features": 0}, "from 1 to 2048"),
-        ({"attention": (0, 2)}, "attention is 0 or 1"),
-        ({"widths": (32, 48)}, "1 only where the width is a multiple of 32"),
+        ({"widths": (0, 8)}, "not (0, 8)"),
+        ({"widths": (8.0, 8)}, "all of them integers"),
+        ({"blocks": (10_000_000, 1)}, "not (32, 32), (10000000, 1)"),
+        ({"widths": (32, 48)}, "attention needs a width that is a multiple of 32"),
     ],
 )
 def test_networks_that_cannot_be_are_refused(change, words):
@@ -260,20 +201,14 @@ def test_networks_that_cannot_be_are_refused(change, words):
 
 
 @pytest.mark.parametrize("network", ["unet", "cnn3"])
-def test_the_weights_may_have_any_precision(network):
-    x = images(2, 3, 8, 8)
-    expected = small_model(network=network)(x, 0.1)
-    size = (expected - x).square().mean().sqrt()
-    for convert, digits in (("double", 1e-5), ("bfloat16", 0.03), ("half", 0.01)):
-        model = getattr(small_model(network=network), convert)()
-        denoised = model(x, 0.1)
-        assert denoised.dtype == torch.float32  # the state keeps its precision
-        assert (denoised - expected).square().mean().sqrt() < digits * size
-        own = model(x.to(next(model.parameters()).dtype), 0.1)
-        assert own.dtype == next(model.parameters()).dtype
-    exact = small_model(network=network).double()(x.double(), 0.1)
-    assert exact.dtype == torch.float64
-    torch.testing.assert_close(exact.float(), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("convert, digits", [("double", 1e-5), ("bfloat16", 0.03), ("half", 0.01)])
+def test_the_weights_may_have_any_precision(network, convert, digits):
+    x, model = images(2, 3, 8, 8), getattr(small_model(network=network), convert)()
+    expected, denoised = small_model(network=network)(x, 0.1), model(x, 0.1)
+    assert denoised.dtype == torch.float32  # the state keeps its precision
+    assert (denoised - expected).norm() < digits * (expected - x).norm()
+    dtype = next(model.parameters()).dtype
+    assert model(x.to(dtype), 0.1).dtype == dtype
 
 
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_state():
@@ -289,7 +224,8 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_state():
 def test_inference_mode_and_a_batch_of_none_work():
     model, x = small_model(), images(2, 3, 8, 8)
     with torch.inference_mode():
-        assert torch.equal(model(x, 0.1), model(x, torch.tensor([0.1, 0.1])))
+        seen = model(x, torch.tensor([0.1, 0.1]))
+    assert torch.equal(seen, model(x, 0.1))
     assert model(x[:0], 0.1).shape == (0, 3, 8, 8)
 
 
@@ -302,26 +238,10 @@ def test_vmap_over_images_and_levels_is_a_batch():
 
     torch.testing.assert_close(torch.func.vmap(one)(x, sigma), model(x, sigma))
 
-    def energy(image, level):
-        return one(image, level).square().sum()
-
-    copy = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(model(copy, sigma).square().sum(), copy)
-    found = torch.func.vmap(torch.func.grad(energy))(x, sigma)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_forward_and_backward_derivatives_agree():
-    model, x = small_model().double(), images(1, 3, 9, 8, dtype=torch.float64)
-    u, v = (torch.randn(x.shape, dtype=x.dtype) for _ in range(2))
-    with sdpa_kernel(SDPBackend.MATH):
-        _, forward = torch.func.jvp(lambda x: model(x, 0.1), (x,), (v,))
-    _, pull = torch.func.vjp(lambda x: model(x, 0.1), x)
-    torch.testing.assert_close((u * forward).sum(), (pull(u)[0] * v).sum())
-
 
 def test_a_batch_of_any_size_can_be_exported():
-    model, count = small_model(), torch.export.Dim("count", min=1, max=64)
+    model = small_model(widths=(32,), blocks=(1,), attention=(1,))
+    count = torch.export.Dim("count", min=1, max=64)
     x, sigma = images(2, 3, 9, 8), torch.tensor([0.1, 0.5])
     shapes = ({0: count}, {0: count})
     exported = torch.export.export(model, (x, sigma), dynamic_shapes=shapes).module()
@@ -379,8 +299,9 @@ def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "model.pt"
-    with pytest.raises(FileNotFoundError, match="no checkpoint at '.*model.pt'"):
-        load_model(path)
+    for missing in (path, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+            load_model(missing)
     saved(path)
     whole = path.read_bytes()
     flipped = bytearray(whole)
@@ -389,8 +310,6 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="model.pt.*damaged"):
             load_model(path)
-    with pytest.raises(ValueError, match="not a file"):
-        load_model(tmp_path)
 
 
 class Command:
@@ -403,9 +322,8 @@ class Command:
 def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"config": Command()}, "model.pt")
-    for load in (load_model, load_checkpoint):
-        with pytest.raises(ValueError, match="model.pt"):
-            load("model.pt")
+    with pytest.raises(ValueError, match="model.pt"):
+        load_checkpoint("model.pt")
     assert not Path("executed").exists()
 
 
@@ -416,11 +334,9 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     for wrong in (
         {"config": {}},
         {"config": config | {"depth": 3}},
-        {"config": config | {"blocks": (10_000_000, 1)}},
-        {"config": config | {"widths": (2048, 2048)}},
+        {"config": config | {"widths": (2048, 2048)}},  # refused before memory is taken for it
         {"info": None},
         {"weights": {}},
-        {"weights": weights | {name: value.double()}},
         {"weights": weights | {name: value[:-1]}},
         {"weights": weights | {name: value * math.nan}},
     ):
@@ -428,7 +344,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         with pytest.raises(ValueError, match="(?s)model.pt' is not a checkpoint of train_score.py"):
             load_model(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="model.pt.*it holds a list"):
+    with pytest.raises(ValueError, match="model.pt' is not a checkpoint of train_score.py"):
         load_model(path)
 
 
@@ -437,13 +353,9 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
 # -----------------------------------------------------------------------------
 
 
-def photographs(size):
-    stack = np.stack([photograph for _, photograph in utils.sample_photographs(size)])
-    return np.float32(stack.transpose(0, 3, 1, 2) / 255)
-
-
 def one_step_psnr(model, sigma):
-    x0 = torch.from_numpy(photographs(64))
+    stack = np.stack([photograph for _, photograph in utils.sample_photographs(64)])
+    x0 = torch.from_numpy(stack).permute(0, 3, 1, 2) / 255
     y = x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     return utils.psnr(model(y, sigma), x0).mean().item()
 
