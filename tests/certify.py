@@ -32,7 +32,7 @@ import utils
 # -----------------------------------------------------------------------------
 INPUT = "cifar10"  # "cifar10" (its test images), or the path of others
 DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
-COUNT = 50  # images
+COUNT = 50  # images by which samplers are certified; 0: none
 CROP = 32  # side in pixels of the middle of each image
 SIGMAS = (0.05, 0.1, 0.3)  # noise levels, pixels in [0, 1]; the figure is made at the middle one
 SAMPLES = 19  # of each image, by samplers of at most FEW_CALLS; 19 make 50 and 90 % exact
@@ -41,7 +41,7 @@ FEW_SAMPLES = 5  # of each image, by the other samplers
 OBSERVED = 50  # images of which observations are certified; 0: none
 SIGMA_Y = 0.02  # noise level of these observations
 OBSERVED_STEPS = 30  # network calls of a sample from them
-NOTHING = 32  # samples from pure noise; 256 measure their colours to a few per cent
+NOTHING = 32  # samples from pure noise; 256 measure their colours to a few per cent; 0: none
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network
 FIGURES = "figures"  # folder of the figures
 SEED = 0  # of the noise (numpy's default_rng) and, plus a number each, of the samples
@@ -350,27 +350,33 @@ def show(path, images):
 # -----------------------------------------------------------------------------
 
 
+def certify_all(model, clean, device):
+    """Print the tables of all SIGMAS, for images and a Gaussian random field, and a short one."""
+    x0, found, noisy = clean.to(device), {}, {}
+    for sigma in SIGMAS:
+        y = denoise.add_noise(clean, sigma, np.random.default_rng(SEED)).to(device)
+        field, denoiser = gaussian_field(x0.shape, SEED, device)
+        field_y = field + sigma * unit_noise(field, SEED + 1)
+        print(f"\n{len(x0)} images at sigma {sigma:g}, and a Gaussian random field")
+        rows = certify(model, y, x0, sigma, model.sigma_min)
+        rows.append(certify_jacobian(model, y, x0, sigma))
+        found[sigma] = rows, certify(denoiser, field_y, field, sigma, model.sigma_min)
+        for table in found[sigma]:
+            print(f"{utils.table(table)}\n", flush=True)
+        noisy[sigma] = y
+    print(f"all of it in short\n{utils.table(summary(found))}", flush=True)
+    middle = SIGMAS[len(SIGMAS) // 2]
+    study_forgetting(Path(FIGURES, "forgetting.png"), model, noisy[middle], x0, middle)
+
+
 @torch.no_grad()
 def main():
     utils.check(min(SAMPLES, FEW_SAMPLES) >= 2, "SAMPLES", SAMPLES, "must be at least 2")
     device = utils.pick_device(DEVICE)
     model = benchmark.read_model(CHECKPOINT, device, PRECISION, SIGMAS)
     clean = benchmark.read_crops(INPUT, DATA_DIR, max(COUNT, OBSERVED, NOTHING), CROP)
-    x0, found, noisy = clean[:COUNT].to(device), {}, {}
-    for sigma in SIGMAS:
-        rng = np.random.default_rng(SEED)
-        noisy[sigma] = denoise.add_noise(clean[:COUNT], sigma, rng).to(device)
-        field, denoiser = gaussian_field(x0.shape, SEED, device)
-        field_y = field + sigma * unit_noise(field, SEED + 1)
-        print(f"\n{len(x0)} images at sigma {sigma:g}, and a Gaussian random field")
-        rows = certify(model, noisy[sigma], x0, sigma, model.sigma_min)
-        rows.append(certify_jacobian(model, noisy[sigma], x0, sigma))
-        found[sigma] = rows, certify(denoiser, field_y, field, sigma, model.sigma_min)
-        for table in found[sigma]:
-            print(f"{utils.table(table)}\n", flush=True)
-    print(f"all of it in short\n{utils.table(summary(found))}", flush=True)
-    middle = SIGMAS[len(SIGMAS) // 2]
-    study_forgetting(Path(FIGURES, "forgetting.png"), model, noisy[middle], x0, middle)
+    if COUNT:
+        certify_all(model, clean[:COUNT], device)
     if OBSERVED:
         print(f"\n{OBSERVED} images observed with noise of {SIGMA_Y:g}")
         print(utils.table(certify_observations(model, clean[:OBSERVED].to(device))), flush=True)
