@@ -290,7 +290,7 @@ def _per_image(sigma, x):
         with contextlib.suppress(RuntimeError):  # within vmap there is no single value to look at
             if not ((levels >= 0) & levels.isfinite()).all():
                 raise ValueError(f"a noise level must be a number of at least 0, not {sigma}")
-    levels = levels.to(x.device, non_blocking=True)  # a GPU does not wait for a number
+    levels = levels.to(x.device, non_blocking=x.is_cuda)  # a GPU does not wait for a number
     return levels.reshape(-1, 1, 1, 1).expand(x.shape[0], 1, 1, 1)
 
 
