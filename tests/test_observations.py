@@ -363,6 +363,18 @@ def test_blocks_are_equal_parts_of_an_image(size, monkeypatch):
     assert torch.equal(sde._from_blocks(blocks, size), x)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_the_fill_of_a_large_smooth_image_is_below_the_noise(share):
+    # Interpolation between many noisy pixels of a smooth image averages their noise of 0.02.
+    wave = torch.linspace(0, 3, 300).sin()
+    x0 = (0.3 + 0.4 * wave[:, None] * wave).expand(1, 3, 300, 300)
+    rng = torch.Generator().manual_seed(0)
+    kept = torch.rand(300, 300, generator=rng) > share
+    y = kept * (x0 + 0.02 * torch.randn(x0.shape, generator=rng))
+    error = (sde.fill(y, lambda x: kept * x, 0.02, x0) - x0).square().mean().sqrt()
+    assert error < 0.015
+
+
 def test_the_posterior_denoiser_is_exact_though_its_prior_works_in_blocks(monkeypatch):
     monkeypatch.setattr(sde, "BLOCK", 6)
     _, x, y = image_and_observation(mask, 0.1)
