@@ -376,7 +376,7 @@ def test_the_fill_of_a_large_smooth_image_is_below_the_noise(share):
 
 
 def test_the_posterior_denoiser_is_exact_though_its_prior_works_in_blocks(monkeypatch):
-    monkeypatch.setattr(sde, "BLOCK", 6)
     _, x, y = image_and_observation(mask, 0.1)
+    monkeypatch.setattr(sde, "BLOCK", 6)
     found = sde.observed(gaussian_denoiser, y, mask, SIGMA_Y, **exactly)(x, 0.1)
     assert relative_error(found, *closed_form(mask, y, x, 0.1)) < 1e-4
