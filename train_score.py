@@ -306,9 +306,11 @@ def check_divergence(run):
         raise ValueError(f"the training diverged before step {run['step']}: {words}")
 
 
-def measure(run, kind, images, sigmas):
+def measure(run, kind, images):
     """Note and say the PSNR of the averaged weights on images of that kind, "val" or "test"."""
-    run[f"{kind}_psnr"] = validate(run["average"], images, sigmas)
+    model, usual = run["average"], (0.02, 0.05, 0.1, 0.2, 0.5)
+    sigmas = [s for s in usual if model.sigma_min <= s <= model.sigma_max] or [model.sigma_max]
+    run[f"{kind}_psnr"] = validate(model, images, sigmas)
     words = [f"{value:.2f} dB at {sigma:g}" for sigma, value in run[f"{kind}_psnr"].items()]
     say(f"step {run['step']}: {kind} PSNR {'  '.join(words)}")
 
@@ -335,16 +337,6 @@ def new_run(model, optimizers, train, earlier, hardware):
         "torch": str(torch.__version__),
     }
     return run | {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
-
-
-def start_from(path, model):
-    """Give the model the weights of a checkpoint; return how many images and hours made them."""
-    init = load_model(path)
-    if init.config != model.config:
-        raise ValueError(f"--init '{path}' is another network: {init.config}, not {model.config}")
-    model.load_state_dict(init.state_dict())
-    earlier = init.info.get("earlier", {})
-    return {k: init.info.get(k, 0) + earlier.get(k, 0) for k in ("images_seen", "hours")}
 
 
 def files_of(name):
@@ -444,6 +436,22 @@ def check_options(world):
     utils.check(CLIP > 0, "CLIP", CLIP, "must be positive")
 
 
+def build_model(low, high, device):
+    """Return the network, and how many images and hours made the checkpoint it starts from."""
+    torch.manual_seed(SEED)
+    torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest
+    bfloat16 = utils.pick_bfloat16(PRECISION, device)
+    model = ScoreModel(NETWORK, low, high, WIDTHS, BLOCKS, ATTENTION, autocast=bfloat16).to(device)
+    if INIT == "none":
+        return model, {}
+    init = load_model(INIT)
+    if init.config != model.config:
+        raise ValueError(f"--init '{INIT}' is another network: {init.config}, not {model.config}")
+    model.load_state_dict(init.state_dict())
+    earlier = init.info.get("earlier", {})
+    return model, {k: init.info.get(k, 0) + earlier.get(k, 0) for k in ("images_seen", "hours")}
+
+
 def read_data(rank, device):
     """Return the crops to train on, and images uint8 (N, 3, CROP, CROP) to validate and to test."""
     if rank > 0:
@@ -468,13 +476,8 @@ def main():
     rank, world = join_processes()
     check_options(world)
     device = utils.pick_device(DEVICE)
-    bfloat16 = utils.pick_bfloat16(PRECISION, device)
     low, high = SIGMAS[0], SIGMAS[-1]
-    sigmas = [s for s in (0.02, 0.05, 0.1, 0.2, 0.5) if low <= s <= high] or [high]
-    torch.manual_seed(SEED)
-    torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest
-    model = ScoreModel(NETWORK, low, high, WIDTHS, BLOCKS, ATTENTION, autocast=bfloat16).to(device)
-    earlier = start_from(INIT, model) if INIT != "none" else {}
+    model, earlier = build_model(low, high, device)
     optimizers = make_optimizers(model, OPTIMIZER, LR)
     train, val, test = read_data(rank, device)
     steps = math.ceil(EPOCHS * len(train) / BATCH_SIZE)
@@ -518,7 +521,7 @@ def main():
             if run["step"] % log_steps == 0:
                 log_loss(run, bar)
             if rank == 0 and (steps - run["step"]) % val_steps == 0:
-                measure(run, "val", val, sigmas)
+                measure(run, "val", val)
                 run["psnrs"].append([run["images_seen"], run["val_psnr"]])
             if rank == 0 and run["hours"] - saved > SAVE_MINUTES / 60:
                 save(run, *files)
@@ -529,7 +532,7 @@ def main():
         bar.close()
         if rank == 0:
             if run["step"] >= steps and len(test):
-                measure(run, "test", test, sigmas)
+                measure(run, "test", test)
             save(run, *files)
         if run["step"] < steps:
             say(f"stopped after step {run['step']} of {steps}, saved: the same command goes on")
