@@ -278,9 +278,8 @@ def test_a_batch_has_one_noise_level_from_each_slice_and_unit_noise():
 # -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_muon_has_the_hidden_convolutions_and_adam_the_rest(autocast):
-    model = ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1), 16, autocast)
+def test_muon_has_the_hidden_convolutions_and_adam_the_rest():
+    model = ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1), 16)
     adam, muon = train_score.make_optimizers(model, "muon", 0.1)
     hidden = {name for name, p in model.named_parameters() if any(p is w for w in muon.weights)}
     assert len(hidden) == 10
@@ -289,7 +288,6 @@ def test_muon_has_the_hidden_convolutions_and_adam_the_rest(autocast):
     for optimizer in (adam, muon):
         places += [p.data_ptr() for p in optimizer.param_groups[0]["params"]]
     assert sorted(places) == sorted(p.data_ptr() for p in model.parameters())  # each once
-    assert muon.dtype == (torch.bfloat16 if autocast else torch.float32)  # the network's
     assert adam.param_groups[0]["betas"] == (0.9, 0.95)  # a lone large gradient counts in both
     (adam,) = train_score.make_optimizers(model, "adam", 0.1)
     assert len(adam.param_groups[0]["params"]) == len(list(model.parameters()))
@@ -479,9 +477,11 @@ def test_the_network_has_the_precision_and_compiler_asked_for(images, tmp_path, 
         return lambda *inputs: sizes.append(len(inputs[0])) or model(*inputs)
 
     hook = torch.nn.modules.module.register_module_forward_hook(seen)
-    with hook, mock.patch("torch.compile", compiled):
+    muon = mock.patch.object(train_score, "orthogonal", wraps=train_score.orthogonal)
+    with hook, mock.patch("torch.compile", compiled), muon as orthogonal:
         train(tmp_path, DATA=images, EPOCHS=1, PRECISION=precision, COMPILE=True)
     assert kinds == {getattr(torch, precision)} and sizes == [4] * 6
+    assert {call.args[0].dtype for call in orthogonal.call_args_list} == kinds
 
 
 def test_a_training_saves_every_some_minutes(tmp_path, images):
