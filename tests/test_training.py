@@ -430,16 +430,16 @@ def test_validation_measures_the_noise_that_it_adds():
 
 
 @pytest.mark.parametrize(
-    "epochs, logged, validated",  # in steps, six an epoch
+    "epochs, logged, validated",  # in steps, six and a quarter an epoch
     [
-        (1, range(1, 7), range(1, 7)),
-        (5, range(3, 31, 3), range(1, 31)),  # at least ten of each
-        (7, range(4, 41, 4), range(2, 43, 2)),
+        (1, range(1, 8), range(1, 8)),
+        (5, range(3, 32, 3), range(1, 33)),  # at least ten of each
+        (9, range(5, 58, 5), range(1, 58, 2)),  # of 57, the last too
     ],
 )
 def test_curves_have_points_enough(tmp_path, images, epochs, logged, validated):
     with mock.patch.object(train_score, "validate", lambda *of: {0.1: 20.0}):
-        train(tmp_path, DATA=images, EPOCHS=epochs)
+        train(tmp_path, DATA=images, EPOCHS=epochs, VAL_IMAGES=15)
     state = state_of(tmp_path)
     assert [seen // 4 for seen, _ in state["losses"]] == list(logged)
     assert [seen // 4 for seen, _ in state["psnrs"]] == list(validated)
