@@ -131,9 +131,10 @@ def load(checkpoint, device):
 
 
 def checkpoint_for(image):
+    """Return the network's path: that for photographs above 64 pixels, but for built-in images."""
     if CHECKPOINT != "auto":
         return CHECKPOINT
-    large = max(image.pixels.shape[1:3]) > 64
+    large = max(image.pixels.shape[1:3]) > 64 and not image.builtin
     return f"checkpoints/score_{'photographs' if large else 'cifar10'}.pt"
 
 
@@ -205,21 +206,25 @@ def prepare(batch, rng, device, notify):
 
 
 _LOSSY = "higher in brightness than in colour, as in a lossy file: judged by brightness"
-_CORRELATED = "correlated between neighbouring pixels: judged at half the size, a rough value"
+_STRONGLY_LOSSY = "smoothed between neighbours, as in a lossy file: judged at half the size"
+_CORRELATED = "fine texture, or noise that neighbouring pixels share; if noise, give --sigma"
 
 
-def spread_tiles(y, size=48, rows=3):
-    """Return rows x rows tiles of an image (1, C, H, W), spread evenly, or a small image itself.
+def spread_tiles(y, size=48, most=3):
+    """Return up to most x most tiles of an image (1, C, H, W), spread evenly.
 
     Of a stack (B, C, H, W) the tiles are of different frames.
     """
-    height, width = (min(size, n) for n in y.shape[2:])
-    tops = sorted({(y.shape[2] - height) * k // (rows - 1) for k in range(rows)})
-    lefts = sorted({(y.shape[3] - width) * k // (rows - 1) for k in range(rows)})
+    sides = [min(size, n) for n in y.shape[2:]]
+    tops, lefts = (
+        np.linspace(0, n - side, min(most, math.ceil(n / side))).astype(int)
+        for n, side in zip(y.shape[2:], sides)
+    )
     corners = [(top, left) for top in tops for left in lefts]
     frames = [y[k * len(y) // len(corners)] for k in range(len(corners))]
-    tiles = [f[:, t : t + height, k : k + width] for f, (t, k) in zip(frames, corners)]
-    return torch.stack(tiles)
+    return torch.stack(
+        [x[:, t : t + sides[0], k : k + sides[1]] for x, (t, k) in zip(frames, corners)]
+    )
 
 
 def tile_level(network, y, low, high):
@@ -231,33 +236,52 @@ def tile_level(network, y, low, high):
     return sigma, tiles, denoiser
 
 
-def image_level(network, y, low, high, black=0.0, white=1.0):
-    """Return the noise level of one image (1, C, H, W), and notes on it; the lowest is exactly low.
+def brightness_level(network, y, shrink, low, high):
+    """Return the level that the mean of the channels, over shrink x shrink pixels, has, or low.
 
-    Lossy files smooth the noise of colour, and the finest of brightness. So brightness decides, at
-    full size or at half the size, where its level is clearly above that of all values together.
-    Clean texture reads as up to 0.02 at full size and 0.03 at half.
-    black, white: what 0 and 1 are in the file.
+    It is the level of white noise with such a mean: of colour, sqrt(3) * shrink times the mean's.
+    """
+    if low >= high or min(y.shape[2:]) < 64:
+        return low
+    unit = shrink * math.sqrt(y.shape[1])
+    brightness = avg_pool2d(y.mean(1, keepdim=True), shrink)
+    found = unit * tile_level(network, brightness, low / unit, high / unit)[0]
+    return low if found < 1.01 * low else min(found, high)
+
+
+def image_level(network, y, low, high, black=0.0, white=1.0):
+    """Return the noise level of one image (1, C, H, W) and notes on it; the lowest is exactly low.
+
+    Lossy files smooth the noise of colour, and strong compression the finest of brightness, too. So
+    brightness decides, at full size or at half the size, where its level is clearly higher: above
+    0.02 and 0.038, since fine texture reads as less. Coarse texture reads as more, and at a quarter
+    of the size as still more, which noise does not unless its pixels share it. These are not told
+    apart: the owner is. black, white: what 0 and 1 are in the file.
     """
     sigma, tiles, denoiser = tile_level(network, y, low, high)
     notes = []
-    for shrink, texture, note in ((1, 0.02, _LOSSY), (2, 0.03, _CORRELATED)):
-        unit = shrink * math.sqrt(y.shape[1])  # white noise is smaller by this in the mean
-        least = max(1.5 * sigma, texture)
-        if unit > 1 and least < high and min(y.shape[2:]) >= 64:
-            brightness = avg_pool2d(y.mean(1, keepdim=True), shrink)
-            found = unit * tile_level(network, brightness, least / unit, high / unit)[0]
-            if found > 1.01 * least:
-                sigma, notes = min(found, high), [note]
+    least = max(1.5 * sigma, 0.02)
+    full = brightness_level(network, y, 1, least, high) if y.shape[1] == 3 else least
+    if full > least:
+        sigma, notes = full, [_LOSSY]
+    least = max(1.5 * sigma, 0.038)
+    half = brightness_level(network, y, 2, least, high)
+    if half > least:
+        if brightness_level(network, y, 4, 1.1 * half, high) > 1.1 * half:
+            notes.append(f"{_CORRELATED} {half:.2g}")
+        else:
+            sigma, notes = half, [_STRONGLY_LOSSY]
+    if low == high:
+        return low, ["the only level that the network knows"]
     if sigma < 1.05 * low:
-        return low, [f"no noise above {low:.1%} of white", *unused_range(y, black, white)]
+        notes.insert(0, f"no white noise above {low:.1%} of white")
+        return low, notes + unused_range(y, black, white)
     if sigma > 0.99 * high:
         notes.append("as high as is searched: give --sigma")
     clipped = ((tiles == 0) | (tiles == 1)).float().mean().item()
     if clipped > 0.05:
-        notes.append(
-            f"{clipped:.0%} of the values are clipped" + ": give --sigma" * (clipped > 0.3)
-        )
+        advice = ": give --sigma" if clipped > 0.3 else ""
+        notes.append(f"{clipped:.0%} of the values are clipped{advice}")
     tiles = sde.cut_extremes(tiles)
     outliers = ((tiles - denoiser(tiles, sigma)).abs() > 6 * sigma).sum().item()
     if outliers:
@@ -529,7 +553,7 @@ def main():
                 low, high = level_range(model, y)
                 if sigma is None:
                     sigma = find_level(network, y, low, min(high, 1.0), batch[0], bar.write)
-                    denoiser = unchanged if sigma == low else denoiser
+                    denoiser = unchanged if sigma <= low < high else denoiser
                 levels = levels_for(sigma, low, high, A)
 
                 # The estimate of smallest error: one step or, of an observation, a few.
@@ -563,7 +587,8 @@ def main():
                     row = panels(noisy, sigma, truth, mine)
                     recorded.append((row, truth is not None, mine[METHOD][0].frames))
                 if not image.builtin:
-                    bar.write(f"wrote {' '.join(map(str, paths))}")
+                    used = Path(checkpoint_for(image)).name
+                    bar.write(f"wrote {' '.join(map(str, paths))} with {used}")
         more = next(images, None)
         if more and not more.builtin:
             bar.write(f"only the first {COUNT} images were denoised: --count sets how many")
