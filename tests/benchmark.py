@@ -53,6 +53,7 @@ LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0)  # of the tabl
 NOISE_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of the table noise
 SIGMA_Y = 0.02  # noise level of the observations
 OBSERVED_STEPS = 30  # network calls of a sample from an observation
+OBSERVED_DRAWS = 8  # samples of each observation; 0: only the methods that give one image
 MEGAPIXELS = (0.15, 1.0)  # sizes of the photographs in the table speed
 SECONDS = 5.0  # for which a call is repeated, at least, where its time is measured
 FIGURES = "figures"  # folder of the figures
@@ -422,9 +423,11 @@ def read_whole():
 
 def observations_table(device):
     model, x0 = read_model(CHECKPOINT, device, PRECISION), crops().to(device)
-    rows, panels = observations.compare(model, x0, SIGMA_Y, SEED, BATCH, OBSERVED_STEPS)
+    rows, panels = observations.compare(
+        model, x0, SIGMA_Y, SEED, BATCH, OBSERVED_STEPS, OBSERVED_DRAWS
+    )
     print(utils.table(rows))
-    options = {"names": observations.TYPICAL}
+    options = {"count": OBSERVED_DRAWS, "names": observations.TYPICAL}
     rows, _ = observations.compare(model, x0, 0.1, SEED, BATCH, OBSERVED_STEPS, **options)
     print(f"\nwith noise of 0.1 instead of {SIGMA_Y:g}\n{utils.table(rows)}")
     utils.plot_images(Path(FIGURES, "observations.png"), panels, True, detail=0)

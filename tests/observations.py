@@ -146,9 +146,10 @@ def restore(model, name, x0, A, y, sigma_y, seed, batch, steps, count):
     found = {"classical, the best": (best(tried), 0)}
     tried = [splitting(model, filled, A, y, sigma_y, strength) for strength in STRENGTHS]
     found["splitting"] = best(tried), 24
-    samples = draws(model, x0, A, y, sigma_y, steps, count, batch, seed).to(x0)
-    found["one sample"] = samples[0], steps
-    found[f"mean of {count} samples"] = samples.mean(0), steps * count
+    if count:
+        samples = draws(model, x0, A, y, sigma_y, steps, count, batch, seed).to(x0)
+        found["one sample"] = samples[0], steps
+        found[f"mean of {count} samples"] = samples.mean(0), steps * count
     noise = utils.seeded_noise(range(seed, seed + len(y)), y.device)
     mean = sde.posterior_mean(model, y, A, sigma_y, x0, noise=noise)
     return found | {"posterior mean, by pairs": (mean, 24)}
@@ -162,8 +163,8 @@ def restore(model, name, x0, A, y, sigma_y, seed, batch, steps, count):
 def compare(model, x0, sigma_y, seed, batch, steps, count=8, names=OBSERVATIONS):
     """Return a row for each observation and method, and panels of the first image.
 
-    steps: network calls of a sample; count: samples in a mean; batch: images of one network call.
-    The row of a method tells how far it is from splitting, image by image, with standard errors.
+    steps: network calls of a sample; count: samples in a mean, 0: none; batch: images of one
+    network call. The row of a method tells how far it is from splitting, image by image, with standard errors.
     """
     rows, panels = [], []
     for name in names:
