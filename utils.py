@@ -780,7 +780,7 @@ def new_figure(width, height, rows=1, columns=1):
 
 def save_figure(path, figure):
     """Write a matplotlib figure, whole or not at all."""
-    options = {"pil_kwargs": {"quality": 85}} if Path(path).suffix == ".jpg" else {}
+    options = {"pil_kwargs": {"quality": 65}} if Path(path).suffix == ".jpg" else {}
     with replacing(path) as temporary, warnings.catch_warnings(action="ignore"):  # missing letters
         figure.savefig(temporary, dpi=150, **options)
 

@@ -164,7 +164,8 @@ def compare(model, x0, sigma_y, seed, batch, steps, count=8, names=OBSERVATIONS)
     """Return a row for each observation and method, and panels of the first image.
 
     steps: network calls of a sample; count: samples in a mean, 0: none; batch: images of one
-    network call. The row of a method tells how far it is from splitting, image by image, with standard errors.
+    network call. The row of a method tells how far it is from splitting, image by image, with
+    standard errors.
     """
     rows, panels = [], []
     for name in names:

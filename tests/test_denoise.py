@@ -119,7 +119,7 @@ def test_an_own_image_has_no_invented_psnr(tmp_path, run, bare):
     assert [row["method"] for row in rows] == ["mmse", "sde"] and rows[0]["sigma"] == "0.1000"
     line = next(line for line in out.splitlines() if line.startswith("wrote "))
     names = ["mine_mmse.npy", "mine_sde.npy", "mine_uncertainty.png"]
-    assert line == f"wrote {' '.join(str(Path('output', name)) for name in names)}"
+    assert line == f"wrote {' '.join(str(Path('output', name)) for name in names)} with net.pt"
 
 
 def test_of_many_images_the_means_alone_are_shown():
@@ -402,7 +402,7 @@ def test_of_an_observation_come_the_mean_the_samples_and_their_spread(tmp_path, 
     save(tmp_path, a=x)
     out, _ = run("a.npy --enlarge 2 --sigma 0.03 --draws 2 --steps 2 --frames 0")
     names = ["a_mean.npy", "a_sde_1.npy", "a_sde_2.npy", "a_uncertainty.png"]
-    assert f"wrote {' '.join(str(Path('output', name)) for name in names)}\n" in out
+    assert f"wrote {' '.join(str(Path('output', name)) for name in names)} with net.pt" in out
     kinds = [(row["method"], row["expected PSNR"]) for row in table(out)]
     assert kinds == [("mean", ""), ("sde", "")] and table(out)[0]["sigma"] == "0.0300"
     mean, *draws = [result(tmp_path, name.removesuffix(".npy")) for name in names[:3]]
