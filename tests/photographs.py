@@ -8,7 +8,7 @@ import io
 import numpy as np
 import torch
 from PIL import Image
-from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
 import denoise
 import utils
@@ -30,14 +30,9 @@ def total_variation(y, sigma, strength):
     return denoise_tv_chambolle(y, strength * sigma)
 
 
-def wavelets(y, sigma, strength):
-    return denoise_wavelet(y, sigma=strength * sigma, rescale_sigma=False)
-
-
 CLASSICAL = {  # each with the strengths of which the best is shown
     non_local_means: (0.4, 0.6, 0.8, 1.0),
     total_variation: (0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2),
-    wavelets: (0.7, 0.85, 1.0, 1.2),
 }
 
 
