@@ -446,7 +446,7 @@ def _write_oiio(path, image, values):
         spec = image.spec.copy()
     spec.width, spec.height = spec.full_width, spec.full_height = values.shape[2], values.shape[1]
     spec.x = spec.y = spec.full_x = spec.full_y = spec.tile_width = spec.tile_height = 0
-    spec.attribute("compression", "zip")
+    spec.attribute("compression", "none")  # which every program can read
     for attribute in list(spec.extra_attribs):
         if attribute.name.startswith(("tiff:", "jpeg:", "planarconfig", "Orientation")):
             spec.erase_attribute(attribute.name)  # of how that file was written, not of the image
