@@ -241,7 +241,7 @@ def brightness_level(network, y, shrink, low, high):
 
     It is the level of white noise with such a mean: of colour, sqrt(3) * shrink times the mean's.
     """
-    if low >= high or min(y.shape[2:]) < 64:
+    if low >= high or min(y.shape[2:]) < 48:
         return low
     unit = shrink * math.sqrt(y.shape[1])
     brightness = avg_pool2d(y.mean(1, keepdim=True), shrink)
@@ -275,6 +275,8 @@ def image_level(network, y, low, high, black=0.0, white=1.0):
         return low, ["the only level that the network knows"]
     if sigma < 1.05 * low:
         notes.insert(0, f"no white noise above {low:.1%} of white")
+        if min(y.shape[2:]) < 48:
+            notes.append("too small to look for the noise of a lossy file: then give --sigma")
         return low, notes + unused_range(y, black, white)
     if sigma > 0.99 * high:
         notes.append("as high as is searched: give --sigma")
