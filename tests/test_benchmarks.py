@@ -55,11 +55,12 @@ def posterior():
 def figures(monkeypatch):
     """What is saved as a figure, or shown as images: {name of the file: figure or rows}."""
     saved = {}
-    monkeypatch.setattr(
-        utils, "save_figure", lambda path, figure: saved.update({path.stem: figure})
-    )
-    rows = lambda path, rows, *rest, **options: saved.update({path.stem: rows})  # noqa
-    monkeypatch.setattr(utils, "plot_images", rows)
+
+    def keep(path, shown, *rest, **options):
+        saved[path.stem] = shown
+
+    monkeypatch.setattr(utils, "save_figure", keep)
+    monkeypatch.setattr(utils, "plot_images", keep)
     return saved
 
 
