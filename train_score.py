@@ -51,6 +51,7 @@ VAL_IMAGES = 500  # the last images of the data are never trained on, and valida
 CROP = 32  # side in pixels of a random crop of each image; smaller images are left out
 FLIP = True  # mirror each crop with probability 1/2
 TURN = False  # turn each crop by a random number of quarter turns: helps where images are few
+SHRINK = 1  # shrink up to so many times before the crop, at random: shows more scales; 1: never
 # network
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
 WIDTHS = (64, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 are fastest
@@ -115,11 +116,13 @@ class Crops:
     """Random crops of images of any sizes.
 
     images: uint8 (H, W, 3) each, H, W >= size. size: side of a crop in pixels. flip: mirror half of
-    the crops. turn: turn them by a random number of quarter turns.
+    the crops. turn: turn them by a random number of quarter turns. shrink: before the crop, shrink
+    them by a whole number that is at most this, and k with a probability of about 1 / k (k + 1).
     """
 
-    def __init__(self, images, size, flip, turn):
-        self.images, self.size, self.flip, self.turn = images, size, flip, turn
+    def __init__(self, images, size, flip=False, turn=False, shrink=1):
+        self.images, self.size = images, size
+        self.flip, self.turn, self.shrink = flip, turn, shrink
 
     def __len__(self):
         return len(self.images)
@@ -133,11 +136,18 @@ class Crops:
     def draw(self, index, rng):
         """Return a random crop of each of these B images: uint8 (B, 3, size, size)."""
         sides = np.array([self.images[k].shape[:2] for k in index])
-        corners = rng.integers(sides - self.size + 1)
+        factors = (1 / rng.uniform(1 / self.shrink, 1, len(index))).astype(int)
+        factors = np.minimum(factors, sides.min(axis=1) // self.size)
+        spans = factors * self.size
+        corners = rng.integers(sides - spans[:, None] + 1)
         views = rng.integers((2, 4), size=(len(index), 2))
         crops = []
-        for k, (top, left), (mirrored, quarters) in zip(index, corners, views):
-            crop = self.images[k][top : top + self.size, left : left + self.size]
+        draws = zip(index, factors, spans, corners, views)
+        for k, factor, span, (top, left), (mirrored, quarters) in draws:
+            crop = self.images[k][top : top + span, left : left + span]
+            if factor > 1:
+                blocks = crop.reshape(self.size, factor, self.size, factor, 3)
+                crop = blocks.mean((1, 3)).round().astype(np.uint8)
             if self.flip and mirrored:
                 crop = crop[:, ::-1]
             if self.turn:
@@ -463,7 +473,7 @@ def read_data(rank, device):
         total(0)
     words = f"must leave some of the {len(images)} images of '{DATA}' to train on"
     utils.check(0 < VAL_IMAGES < len(images), "VAL_IMAGES", VAL_IMAGES, words)
-    train = Crops(images[:-VAL_IMAGES], CROP, FLIP, TURN)
+    train = Crops(images[:-VAL_IMAGES], CROP, FLIP, TURN, SHRINK)
     return train, middle(images[-VAL_IMAGES:], device), middle(tests, device)
 
 
