@@ -17,15 +17,13 @@ ValueError if the levels do not fall. `langevin`, which has one level, takes sig
 and returns its state.
 """
 
-import functools
 from itertools import pairwise
-from math import ceil, exp, expm1, inf, log, pi, sqrt
+from math import exp, expm1, inf, log, sqrt
 
+import scipy.fft
 import torch
-from torch.nn.functional import avg_pool2d, pad
 
 LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
-BLOCK = 256  # pixels; the prior of observations takes larger images in blocks of at most this side
 
 # -----------------------------------------------------------------------------
 # Linear SDEs and noise levels
@@ -534,30 +532,19 @@ def fill(y, A, sigma_y, like, power=natural_power):
 
     like: (B, C, H, W), images of the shape, type and device wanted. For the rest see `observed`.
     """
-    x = torch.full_like(like, 0.5)
-    with torch.inference_mode(False):
-        near = _Tangent(A, x.clone())
-    prior = power(_block_of(x))
-    roughness = sigma_y**2 / prior
-    gain = 1 / (_response(near) + roughness)
+    middle = torch.full_like(like, 0.5)
+    near = _Tangent(A, middle)
+    roughness = sigma_y**2 / power(middle)
+    response = _power(lambda w: near.backwards(near.forwards(w)), middle).sqrt()
 
     def system(w):
-        w = w.view_as(x)
-        return (near.backwards(near.forwards(w)) + _filter(w, roughness)).flatten(1)
+        return near.backwards(near.forwards(w)) + _filter(w, roughness)
 
     def precondition(r):
-        return _filter(r.view_as(x), gain).flatten(1)
+        return _filter(r, 1 / (response + roughness))
 
-    # Where much is missing in one place the equation for u of `observed` is solved sooner, where
-    # single pixels are missing this one: begin with the first, and end with the second.
-    seen = (y - near.value).flatten(1)
-    solve = _gaussian_solver(near, prior, sigma_y, steps=30, tolerance=1e-2)
-    w = _filter(near.backwards(solve(seen)), prior).flatten(1)
-    b = near.backwards(seen).flatten(1)
-    residual = b - system(w)
-    w = w * (_dot(residual, residual) < _dot(b, b))  # else the first has not come near
-    w = w + _conjugate_gradients(system, b - system(w), precondition, steps=100, tolerance=1e-4)
-    return x + w.view_as(x)
+    b = near.backwards(y - near.value)
+    return middle + _conjugate_gradients(system, b, precondition, steps=300, tolerance=1e-4)
 
 
 def observed(
@@ -593,7 +580,7 @@ def observed(
 
     def posterior(x, sigma):
         denoised, network_covariance = posterior_covariance(denoiser, x, sigma)
-        variance, prior = _per_image(sigma, x) ** 2, power(_block_of(x))
+        variance, prior = _per_image(sigma, x) ** 2, power(x)
         r = prior / (prior + variance)  # the eigenvalues of dD/dx under the Gaussian prior
         gaussian = variance * r  # and those of its covariance, G
         trust = r / (r + resolution)  # F^2
@@ -602,8 +589,7 @@ def observed(
             resolved = _filter(network_covariance(_filter(v, trust.sqrt())), trust.sqrt())
             return resolved + _filter(v, (1 - trust) * gaussian)
 
-        with torch.inference_mode(False):
-            near = _Tangent(A, denoised)
+        near = _Tangent(A, denoised)
         precondition = _gaussian_solver(near, gaussian, sigma_y, steps=20, tolerance=0.1)
 
         def respond(residual):
@@ -611,7 +597,7 @@ def observed(
             step = covariance(near.backwards(u))
             return step, sigma_y**2 * u + near.forwards(step)
 
-        change = _conjugate_residuals(respond, (y - near.value).flatten(1), iterations, tolerance)
+        change = _conjugate_residuals(respond, y - near.value, iterations, tolerance)
         largest = change.abs().max().item()
         _check(
             largest < 10,  # nor is NaN
@@ -644,68 +630,55 @@ def posterior_mean(denoiser, y, A, sigma_y, like, start=0.5, noise=torch.randn_l
 
 
 class _Tangent:
-    """The observation A near the images x: its value there, and products with its derivative A'.
-
-    Observations are flat in these products, (B, n); images are (B, C, H, W).
-    """
+    """The observation A near the images x: its value there, and products with its derivative A'."""
 
     def __init__(self, A, x):
-        self.x = x
-        self.value, self.transpose = torch.func.vjp(A, x)
-        zero = torch.zeros_like(self.value)
-        _, self.transpose_of_transpose = torch.func.vjp(lambda u: self.transpose(u)[0], zero)
+        with torch.inference_mode(False):
+            self.x = x.clone()
+            self.value, self.transpose = torch.func.vjp(A, self.x)
+            zero = torch.zeros_like(self.value)
+            _, self.transpose_of_transpose = torch.func.vjp(lambda u: self.transpose(u)[0], zero)
 
-    def forwards(self, v):  # A' v
-        return self.transpose_of_transpose(v)[0].flatten(1)
+    def forwards(self, v):  # A' v, from images to observations
+        return self.transpose_of_transpose(v)[0]
 
-    def backwards(self, u):  # A'^T u
-        return self.transpose(u.view_as(self.value))[0]
-
-
-def _response(near, probes=8):
-    """Return about the diagonal of A^T A in cosines, from a few random images, smoothed."""
-    rng = torch.Generator().manual_seed(0)
-    products = squares = 0.0
-    for _ in range(probes):
-        white = torch.randn(near.x.shape[1:], generator=rng).to(near.x).expand_as(near.x)
-        sent, back = (
-            _cosines(_to_blocks(v)) for v in (white, near.backwards(near.forwards(white)))
-        )
-        products = products + (sent * back).mean(1)
-        squares = squares + (sent**2).mean(1)
-    smooth = functools.partial(avg_pool2d, kernel_size=5, stride=1, padding=2)
-    return (smooth(products) / smooth(squares)).clamp(min=1e-4)
+    def backwards(self, u):  # A'^T u, from observations to images
+        return self.transpose(u)[0]
 
 
 def _gaussian_solver(near, gain, sigma_y, steps, tolerance):
-    """Return r -> (sigma_y^2 + A G A^T)^-1 r, where G has the variances `gain` in cosines."""
-    precondition = _stationary_inverse(near, gain, sigma_y)
+    """Return r -> (sigma_y^2 + A G A^T)^-1 r, where G has the variances `gain` in cosines.
+
+    Where y is an image, the equation is preconditioned as if its cosines were independent.
+    """
 
     def system(u):
         return sigma_y**2 * u + near.forwards(_filter(near.backwards(u), gain))
 
+    def precondition(r):
+        return _filter(r, 1 / variance) if r.ndim == 4 else r
+
+    if near.value.ndim == 4:
+        signal = _power(lambda v: near.forwards(_filter(v, gain.sqrt())), near.x)
+        variance = signal + sigma_y**2
     return lambda r: _conjugate_gradients(system, r, precondition, steps, tolerance)
 
 
-def _stationary_inverse(near, gain, sigma_y, probes=8):
-    """Return r -> about (sigma_y^2 + A G A^T)^-1 r, exact if the cosines of y are independent.
+def _power(linear, like, probes=8):
+    """Return the variances of the cosines of linear(v), v white noise like the images `like`.
 
-    Their variances are means over a few fixed random images. A y that is no image, (B, C, h, w),
-    comes back as it is.
+    They are means over a few fixed random images.
     """
-    if near.value.ndim != 4:
-        return lambda r: r
     rng = torch.Generator().manual_seed(0)
-    variance = sigma_y**2
+    squares = 0.0
     for _ in range(probes):
-        white = torch.randn(near.x.shape[1:], generator=rng).to(near.x).expand_as(near.x)
-        response = near.forwards(_filter(white, gain.sqrt())).view_as(near.value)
-        variance = variance + (_cosines(_to_blocks(response)) ** 2).mean(1) / probes
-    return lambda r: _filter(r.view_as(near.value), 1 / variance).flatten(1)
+        white = torch.randn(like.shape[1:], generator=rng).to(like).expand_as(like)
+        squares = squares + _cosines(linear(white)) ** 2 / probes
+    return squares.clamp(min=1e-8)
 
 
 def _conjugate_residuals(respond, b, iterations, tolerance):
-    """Return the sum of steps, (B, C, H, W), whose responses add up to b, (B, n), or nearly.
+    """Return the sum of steps, (B, C, H, W), whose responses add up to b, (B, ...), or nearly.
 
     respond(residual) -> a step and its response. The residual falls at every step, whatever the
     responses (GCR, Eisenstat, Elman, Schultz 1983). An image is done at `tolerance` of b.
@@ -718,13 +691,13 @@ def _conjugate_residuals(respond, b, iterations, tolerance):
         step, response = respond(residual)
         for other, direction in before:
             share = _dot(response, direction)
-            step = step - share[..., None, None] * other
+            step = step - share.view(-1, 1, 1, 1) * other
             response = response - share * direction
         size = _dot(response, response).sqrt().clamp_min(1e-30)  # 0 for an image that is solved
-        step, response = step / size[..., None, None], response / size
+        step, response = step / size.view(-1, 1, 1, 1), response / size
         before.append((step, response))
         share = torch.where(going, _dot(residual, response), 0)
-        solution = solution + share[..., None, None] * step
+        solution = solution + share.view(-1, 1, 1, 1) * step
         residual = residual - share * response
     return solution
 
@@ -746,48 +719,16 @@ def _conjugate_gradients(system, b, precondition, steps, tolerance):
     return u
 
 
-def _dot(a, b):  # of each image: (B, n), (B, n) -> (B, 1)
-    return (a * b).sum(1, keepdim=True)
+def _dot(a, b):  # of each image, in a shape that multiplies images
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
 def _filter(x, gain):
-    """Multiply the discrete cosines of images (B, C, H, W), block by block, by gain (C, h, w).
-
-    gain may also be (B, C, h, w): one for each image.
-    """
-    cosines = gain.unsqueeze(-4) * _cosines(_to_blocks(x))
-    return _from_blocks(_cosines(cosines, inverse=True), x.shape[2:])
+    """Multiply the discrete cosines of images (B, C, H, W) by gain, (C, H, W) or one for each."""
+    return _cosines(gain * _cosines(x), scipy.fft.idctn)
 
 
-def _cosines(x, inverse=False):
-    """Return the orthogonal cosine transform over the last three axes, or its inverse."""
-    matrices = [_cosine_matrix(n, x.dtype, x.device) for n in x.shape[-3:]]
-    colours, rows, columns = [matrix.T if inverse else matrix for matrix in matrices]
-    return torch.einsum("ij,...jhw->...ihw", colours, rows @ x @ columns.T)
-
-
-def _block_of(x):
-    """Return the first block of images: a part of equal parts, with sides of at most BLOCK."""
-    height, width = (ceil(n / ceil(n / BLOCK)) for n in x.shape[2:])
-    return x[:, :, :height, :width]
-
-
-def _to_blocks(x):
-    """Return images (B, C, H, W) as blocks (B, n, C, h, w), with zeros beyond their ends."""
-    h, w = _block_of(x).shape[2:]
-    x = pad(x, (0, -x.shape[3] % w, 0, -x.shape[2] % h))
-    x = x.unflatten(3, (-1, w)).unflatten(2, (-1, h))  # (B, C, rows, h, columns, w)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-
-
-def _from_blocks(blocks, size):
-    rows = ceil(size[0] / blocks.shape[3])
-    x = blocks.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5)
-    return x.flatten(4, 5).flatten(2, 3)[:, :, : size[0], : size[1]]
-
-
-@functools.lru_cache(maxsize=8)  # that of a large image is large
-def _cosine_matrix(n, dtype, device):  # one frequency a row
-    k = torch.arange(n, dtype=torch.float64)
-    size = torch.where(k > 0, 2 / n, 1 / n).sqrt()
-    return (size[:, None] * (pi / n * k[:, None] * (k + 0.5)).cos()).to(device, dtype)
+def _cosines(x, transform=scipy.fft.dctn):
+    """Return the orthogonal cosine transform over all axes of each image (B, C, H, W)."""
+    cosines = transform(x.numpy(force=True), axes=(1, 2, 3), norm="ortho")
+    return torch.from_numpy(cosines).to(x.device)

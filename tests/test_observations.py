@@ -353,16 +353,6 @@ def test_gradients_may_be_switched_off(mode):
 # -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(19, 30), (16, 16), (33, 5)])
-def test_blocks_are_equal_parts_of_an_image(size, monkeypatch):
-    monkeypatch.setattr(sde, "BLOCK", 16)
-    x = torch.rand(2, 3, *size)
-    blocks = sde._to_blocks(x)
-    assert max(blocks.shape[3:]) <= 16
-    assert torch.equal(blocks[:, 0], sde._block_of(x))
-    assert torch.equal(sde._from_blocks(blocks, size), x)
-
-
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_the_fill_of_a_large_smooth_image_is_below_the_noise(share):
     # Interpolation between many noisy pixels of a smooth image averages their noise of 0.02.
@@ -373,10 +363,3 @@ def test_the_fill_of_a_large_smooth_image_is_below_the_noise(share):
     y = kept * (x0 + 0.02 * torch.randn(x0.shape, generator=rng))
     error = (sde.fill(y, lambda x: kept * x, 0.02, x0) - x0).square().mean().sqrt()
     assert error < 0.015
-
-
-def test_the_posterior_denoiser_is_exact_though_its_prior_works_in_blocks(monkeypatch):
-    _, x, y = image_and_observation(mask, 0.1)
-    monkeypatch.setattr(sde, "BLOCK", 6)
-    found = sde.observed(gaussian_denoiser, y, mask, SIGMA_Y, **exactly)(x, 0.1)
-    assert relative_error(found, *closed_form(mask, y, x, 0.1)) < 1e-4
