@@ -40,7 +40,6 @@ INPUT = (
 )
 COUNT = 1000  # so many images of INPUT
 CROP = 128  # side in pixels of the middle of each image, in all tables but noise and photographs
-DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
 TRAIN = "cifar10"  # images whose mean and covariance make the Wiener filter, or their path
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network for all noise levels
 RECIPE = "checkpoints/cnn3_cifar10.pt"  # the recipe's network, trained at SIGMA
@@ -66,9 +65,9 @@ BATCH = 200  # images that go through a network together
 BLUE, ORANGE, GREEN, RED, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
 
-def read_crops(source, data_dir, count, size):
+def read_crops(source, count, size):
     """Return the middle of images, (B, 3, H, W); raises ValueError if their sizes differ."""
-    crops = [utils.crop(x0, size) for x0 in photographs.read(source, data_dir, count)]
+    crops = [utils.crop(x0, size) for x0 in photographs.read(source, count)]
     shapes = {tuple(crop.shape[1:]) for crop in crops}
     if len(shapes) > 1:
         raise ValueError(
@@ -78,7 +77,7 @@ def read_crops(source, data_dir, count, size):
 
 
 def crops(count=None):
-    return read_crops(INPUT, DATA_DIR, count or COUNT, CROP)
+    return read_crops(INPUT, count or COUNT, CROP)
 
 
 def read_model(path, device, precision, sigmas=()):
@@ -265,7 +264,7 @@ def levels_table(device):
     """Print a row for each noise level, and bits per dimension, which follow from the errors."""
     model = read_model(CHECKPOINT, device, PRECISION, LEVELS)
     exact = load_model(CHECKPOINT, device)
-    train = torch.from_numpy(np.stack(utils.training_images(TRAIN, DATA_DIR)))
+    train = torch.from_numpy(np.stack(utils.training_images(TRAIN)))
     wiener = wiener_filter(train.permute(0, 3, 1, 2) / 255)
     x0, rows, errors = crops(), [], []
     for sigma in tqdm(LEVELS, leave=False, disable=None):
@@ -418,7 +417,7 @@ def photographs_table(device):
 
 
 def read_whole():
-    return photographs.read(INPUT, DATA_DIR, COUNT)
+    return photographs.read(INPUT, COUNT)
 
 
 def observations_table(device):

@@ -31,7 +31,6 @@ import utils
 
 # -----------------------------------------------------------------------------
 INPUT = "cifar10"  # "cifar10" (its test images), or the path of others
-DATA_DIR = "data"  # folder that holds CIFAR-10, or gets it
 COUNT = 50  # images by which samplers are certified; 0: none
 CROP = 32  # side in pixels of the middle of each image
 SIGMAS = (0.05, 0.1, 0.3)  # noise levels, pixels in [0, 1]; the figure is made at the middle one
@@ -374,7 +373,7 @@ def main():
     utils.check(min(SAMPLES, FEW_SAMPLES) >= 2, "SAMPLES", SAMPLES, "must be at least 2")
     device = utils.pick_device(DEVICE)
     model = benchmark.read_model(CHECKPOINT, device, PRECISION, SIGMAS)
-    clean = benchmark.read_crops(INPUT, DATA_DIR, max(COUNT, OBSERVED, NOTHING), CROP)
+    clean = benchmark.read_crops(INPUT, max(COUNT, OBSERVED, NOTHING), CROP)
     if COUNT:
         certify_all(model, clean[:COUNT], device)
     if OBSERVED:

@@ -36,13 +36,13 @@ CLASSICAL = {  # each with the strengths of which the best is shown
 }
 
 
-def read(source, data_dir, count):
+def read(source, count):
     """Return the first `count` images of a source; "photographs": scikit-image's, whole."""
     if source == "photographs":
         arrays = [array for _, array in utils.sample_photographs()]
         return [torch.from_numpy(array / np.float32(255)).permute(2, 0, 1) for array in arrays]
     found = []
-    for image in utils.read_images(source, data_dir):
+    for image in utils.read_images(source):
         found.extend(torch.from_numpy(image.pixels).permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
         if len(found) >= count:
             break

@@ -271,13 +271,13 @@ def test_grey_images_are_denoised_as_grey_and_beside_the_best_strength(monkeypat
 
 def test_images_come_whole_or_as_their_middle(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(3 * 6 * 8 * 3, dtype=np.uint8).reshape(3, 6, 8, 3))
-    whole = photographs.read(tmp_path, "", 2)
+    whole = photographs.read(tmp_path, 2)
     assert len(whole) == 2 and whole[1].shape == (3, 6, 8)
-    crops = benchmark.read_crops(tmp_path, "", 2, 4)
+    crops = benchmark.read_crops(tmp_path, 2, 4)
     assert crops[1].equal(whole[1][:, 1:5, 2:6])
     np.save(tmp_path / "b.npy", np.zeros((5, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="differ in size"):
-        benchmark.read_crops(tmp_path, "", 9, 8)
+        benchmark.read_crops(tmp_path, 9, 8)
 
 
 # -----------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def run(monkeypatch, tmp_path, capsys):
         utils.save_checkpoint(tmp_path / f"{name}.pt", checkpoint)
     images = np.random.default_rng(0).integers(256, size=(40, 16, 16, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
-    monkeypatch.setattr(utils, "training_images", lambda source, data_dir: images)
+    monkeypatch.setattr(utils, "training_images", lambda source: images)
 
     def run(module, line):
         constants = vars(module)
