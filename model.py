@@ -18,10 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# -----------------------------------------------------------------------------
-# The starting point: three convolutions, one noise level
-# -----------------------------------------------------------------------------
-
 
 class CNN3(nn.Module):
     """Predict the score at one noise level with three 3x3 convolutions and ReLU between them."""
@@ -89,9 +85,8 @@ class ResidualBlock(nn.Module):
 class WindowAttention(nn.Module):
     """x + conv(softmax(q k / sqrt(8)) v), in heads of 32 channels, within windows.
 
-    Attention after Vaswani et al. 2017. Queries and keys are normalised (Henry et al. 2020), so
-    that no logit exceeds 32 / sqrt(8). Windows are aligned to the first pixel; those at the far
-    edges are as large as what is left of the image.
+    Queries and keys are normalised (Henry et al. 2020), so that no logit exceeds 32 / sqrt(8).
+    Windows start at the first pixel; those at the far edges hold what is left of the image.
     """
 
     def __init__(self, channels, window):
@@ -139,20 +134,17 @@ class UNet(nn.Module):
     """A U-Net with added skips; widths, blocks and attention are per resolution, finest first.
 
     Where attention is 1, the stage on the way up (at the coarsest resolution: the only one) has an
-    attention layer, in windows of 32 x 32 pixels of the image. From `features` numbers each block
-    learns the noise level. Raises ValueError for numbers that no network can have.
+    attention layer, in windows of 32 x 32 pixels of the image. features: length of the vector from
+    which each block learns the noise level.
     """
 
     def __init__(self, widths, blocks, attention, features):
         super().__init__()
-        counts = (*widths, *blocks, features)
-        possible = 1 <= len(widths) == len(blocks) == len(attention) <= 5
-        possible &= all(isinstance(count, int) and 1 <= count <= 2048 for count in counts)
-        possible &= not any(use and width % 32 for use, width in zip(attention, widths))
-        if not possible:
-            words = "give 1 to 5 widths, and as many blocks and attention, all of them integers"
-            words += "; attention needs a width that is a multiple of 32"
-            raise ValueError(f"{words}, not {widths}, {blocks}, {attention}, {features}")
+        if not 1 <= len(widths) == len(blocks) == len(attention) <= 5:
+            words = "give 1 to 5 widths, and as many blocks and attention"
+            raise ValueError(f"{words}, not {widths}, {blocks}, {attention}")
+        if any(use and width % 32 for use, width in zip(attention, widths)):
+            raise ValueError(f"attention needs widths that are multiples of 32, not {widths}")
         self.embedding = NoiseEmbedding(features)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -209,54 +201,43 @@ class ScoreModel(nn.Module):
     network "cnn3" is the score itself, at the single level it was trained for:
         D(x, sigma) = x + sigma^2 F(x).
 
-    widths, blocks, attention, features: those of UNet.
     sigma_min, sigma_max: the trained range of noise levels. Outside it the network is given the
     nearest trained level; the preconditioning still uses the true one.
-    autocast: run the network's products in bfloat16, about 5 times faster where the hardware has
-    it; everything around the network, and so the state of a sampler, stays in the precision of x.
+    widths, blocks, attention, features: those of UNet.
     Raises ValueError for an unknown network or numbers that no network can have.
     """
 
     sigma_data = 0.25  # standard deviation of the pixels of natural images around 0.5
+    autocast = False  # True: the network's products in bfloat16; x and the result as they are
 
     def __init__(
-        self,
-        network,
-        sigma_min,
-        sigma_max,
-        widths=(),
-        blocks=(),
-        attention=(),
-        features=48,
-        autocast=False,
+        self, network, sigma_min, sigma_max, widths=(), blocks=(), attention=(), features=48
     ):
         super().__init__()
         if not 0 < sigma_min <= sigma_max < math.inf:
             words = "noise levels must satisfy 0 < sigma_min <= sigma_max"
             raise ValueError(f"{words}, not {sigma_min} and {sigma_max}")
         self.config = {"network": network, "sigma_min": sigma_min, "sigma_max": sigma_max}
-        self.sigma_min, self.sigma_max, self.autocast = sigma_min, sigma_max, autocast
-        if network == "cnn3":
-            if sigma_min != sigma_max:
-                words = f"not {sigma_min} to {sigma_max}"
-                raise ValueError(f"network 'cnn3' is trained for one noise level, {words}")
-            self.net = CNN3()
-        elif network == "unet":
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        if network == "unet":
             shape = {"widths": tuple(widths), "blocks": tuple(blocks)}
             shape |= {"attention": tuple(attention), "features": features}
             self.config |= shape
             self.net = UNet(**shape)
+        elif network == "cnn3" and sigma_min == sigma_max:
+            self.net = CNN3()
         else:
-            raise ValueError(f"unknown network '{network}': choose 'unet' or 'cnn3'")
+            words = "the network must be 'unet', or 'cnn3' for one noise level"
+            raise ValueError(f"{words}, not '{network}' for {sigma_min} to {sigma_max}")
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, sigma):
-        """Return E[x0 | x], the denoised image (Tweedie's formula read backwards).
+        """Return E[x0 | x], the denoised image.
 
         x: floats (B, 3, H, W), any H, W >= 1, never clipped or rounded. sigma, in units of [0, 1]:
         a number, or a tensor, array or list of one value or of B values, in any shape.
-        Raises ValueError for another x, and for a level that is negative, infinite or not a number,
-        but on a GPU, in a compiled or exported graph, and within vmap: looking is slow there.
+        Raises ValueError for another x, and for a level that is negative, infinite or not a number;
+        levels on a GPU, in a compiled graph and within vmap are not looked at.
         """
         if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
             raise ValueError(f"expected floats (B, 3, H, W), not {tuple(x.shape)} of {x.dtype}")
@@ -272,7 +253,7 @@ class ScoreModel(nn.Module):
         return 0.5 + c_skip * centred + c_out * self._features(c_in * centred, log_sigma)
 
     def score(self, x, sigma):
-        """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, shape of x (Robbins 1956)."""
+        """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, shape of x."""
         return (self(x, sigma) - x) / _per_image(sigma, x) ** 2
 
     def _features(self, *inputs):
@@ -302,16 +283,17 @@ def _per_image(sigma, x):
 def load_model(path, device="cpu", bfloat16=False):
     """Load a checkpoint of train_score.py: a ScoreModel in eval mode with the averaged weights.
 
-    path: a file. What ships with the project ("checkpoints/score_cifar10.pt") is found from any
-    folder. bfloat16: run the network's products in bfloat16.
-    Its `info` is what the training wrote about itself: options, images seen, hardware, PSNR.
+    path: a file; what ships with the project ("checkpoints/score_cifar10.pt") is found from any
+    folder. bfloat16: run the network's products in bfloat16, about 5 times faster where the
+    hardware has it; the state of a sampler keeps its precision.
+    `info` of the model is what its training wrote: options, images seen, hardware, PSNR.
     Raises FileNotFoundError if there is no such file and ValueError if it is not such a checkpoint.
     """
     shipped = Path(__file__).resolve().parent / path
     checkpoint = load_checkpoint(shipped if shipped.exists() and not Path(path).exists() else path)
     try:
         with torch.device("meta"):  # allocates nothing for a shape that the weights do not have
-            model = ScoreModel(**checkpoint["config"], autocast=bfloat16)
+            model = ScoreModel(**checkpoint["config"])
         model.load_state_dict(checkpoint["weights"], assign=True)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise ValueError("a weight is not finite")
@@ -319,6 +301,7 @@ def load_model(path, device="cpu", bfloat16=False):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"'{path}' is not a checkpoint of train_score.py ({reason})") from None
+    model.autocast = bfloat16
     model.eval().requires_grad_(False)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -326,12 +309,10 @@ def load_model(path, device="cpu", bfloat16=False):
 def load_checkpoint(path):
     """Read a dictionary of tensors and plain values; no code in the file is run.
 
-    Raises FileNotFoundError, or ValueError if the file cannot be read, if its checksums say that it
-    is damaged, or if it holds anything else.
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds anything else.
     """
     if not Path(path).is_file():
-        words = "train one with train_score.py, or name another"
-        raise FileNotFoundError(f"no checkpoint at '{path}': {words}")
+        raise FileNotFoundError(f"no checkpoint at '{path}': train one with train_score.py")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():

@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import atexit
 import contextlib
 import copy
-import functools
 import math
 import re
 import sys
@@ -49,8 +48,7 @@ DATA = "cifar10"  # "cifar10" (downloaded on first use), "samples" (photographs)
 TEST = "none"  # "cifar10" (its test images) or a path: the first 1,000 are measured at the end
 VAL_IMAGES = 500  # the last images of the data are never trained on, and validate
 CROP = 32  # side in pixels of a random crop of each image; smaller images are left out
-FLIP = True  # mirror each crop with probability 1/2
-TURN = False  # turn each crop by a random number of quarter turns: helps where images are few
+VIEWS = 2  # 1: each crop as it is; 2: or mirrored; 8: and turned, which helps where images are few
 SHRINK = 1  # shrink up to so many times before the crop, at random: shows more scales; 1: never
 # network
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
@@ -96,14 +94,13 @@ def typical_error(sigma):
 
 
 def noise_law(u, low, high, tails):
-    """Return the noise levels at the quantiles u in [0, 1].
+    """Return the noise levels, from low to high, at the quantiles u in [0, 1].
 
-    They lie from low to high: a share `tails` below 0.015, as many above 0.7, and log-uniform in
-    each of the three parts; in one part if neither 0.015 nor 0.7 lies between low and high.
+    A share `tails` lies below 0.015 and as many above 0.7, and they are log-uniform in each part.
     """
     utils.check(0 < tails < 0.5, "TAILS", tails, "must lie between 0 and 0.5")
-    inner = [(v, s) for v, s in ((tails, 0.015), (1 - tails, 0.7)) if low < s < high]
-    quantiles, sigmas = zip((0, low), *inner, (1, high))
+    law = [(0, low), (tails, 0.015), (1 - tails, 0.7), (1, high)]
+    quantiles, sigmas = zip(*((v, s) for v, s in law if low <= s <= high))
     return np.exp(np.interp(u, quantiles, np.log(sigmas)))
 
 
@@ -112,59 +109,21 @@ def noise_law(u, low, high, tails):
 # -----------------------------------------------------------------------------
 
 
-class Crops:
-    """Random crops of images of any sizes.
+def make_batch(images, step, rank=0, world=1, device="cpu"):
+    """Return this process's share of x0, sigma and noise of one step.
 
-    images: uint8 (H, W, 3) each, H, W >= size. size: side of a crop in pixels. flip: mirror half of
-    the crops. turn: turn them by a random number of quarter turns. shrink: before the crop, shrink
-    them by a whole number that is at most this, and k with a probability of about 1 / k (k + 1).
+    The whole depends on the seed and the step alone. images: uint8 (H, W, 3) each, of any sizes
+    from CROP x CROP.
     """
-
-    def __init__(self, images, size, flip=False, turn=False, shrink=1):
-        self.images, self.size = images, size
-        self.flip, self.turn, self.shrink = flip, turn, shrink
-
-    def __len__(self):
-        return len(self.images)
-
-    def checksum(self):
-        found = 0
-        for image in self.images:
-            found = zlib.crc32(image.tobytes(), found)
-        return found
-
-    def draw(self, index, rng):
-        """Return a random crop of each of these B images: uint8 (B, 3, size, size)."""
-        sides = np.array([self.images[k].shape[:2] for k in index])
-        factors = (1 / rng.uniform(1 / self.shrink, 1, len(index))).astype(int)
-        factors = np.minimum(factors, sides.min(axis=1) // self.size)
-        spans = factors * self.size
-        corners = rng.integers(sides - spans[:, None] + 1)
-        views = rng.integers((2, 4), size=(len(index), 2))
-        crops = []
-        draws = zip(index, factors, spans, corners, views)
-        for k, factor, span, (top, left), (mirrored, quarters) in draws:
-            crop = self.images[k][top : top + span, left : left + span]
-            if factor > 1:
-                blocks = crop.reshape(self.size, factor, self.size, factor, 3)
-                crop = blocks.mean((1, 3)).round().astype(np.uint8)
-            if self.flip and mirrored:
-                crop = crop[:, ::-1]
-            if self.turn:
-                crop = np.rot90(crop, quarters)
-            crops.append(crop)
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # in channels_last
-
-
-def make_batch(crops, step, batch_size, low, high, tails, seed, device="cpu"):
-    """Return x0, sigma and noise of one step, which depend on the seed and the step alone."""
-    rng = np.random.default_rng([seed, 1, step])
-    x0 = crops.draw(images_of_step(len(crops), step, batch_size, seed), rng).to(device) / 255
+    rng = np.random.default_rng([SEED, 1, step])
+    index = images_of_step(len(images), step, BATCH_SIZE, SEED)
+    x0 = random_crops([images[k] for k in index], CROP, VIEWS, SHRINK, rng).to(device) / 255
     # One quantile from each of B equal slices: the same law as independent ones, less variance.
-    u = (np.arange(batch_size) + rng.random(batch_size)) / batch_size
-    sigma = torch.tensor(noise_law(u, low, high, tails), dtype=torch.float32, device=device)
+    u = (np.arange(BATCH_SIZE) + rng.random(BATCH_SIZE)) / BATCH_SIZE
+    sigma = torch.tensor(noise_law(u, SIGMAS[0], SIGMAS[-1], TAILS), dtype=torch.float32).to(device)
     noise_rng = torch.Generator(device).manual_seed(int(rng.integers(2**32)))
-    return x0, sigma, torch.randn(x0.shape, generator=noise_rng, device=device)
+    noise = torch.randn(x0.shape, generator=noise_rng, device=device)
+    return x0[rank::world], sigma[rank::world], noise[rank::world]
 
 
 def images_of_step(count, step, batch_size, seed):
@@ -173,13 +132,34 @@ def images_of_step(count, step, batch_size, seed):
     They stand at step * B to step * B + B - 1 of an endless stream, in which each pass over the
     images has an order of its own.
     """
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [order_of_pass(count, p // count, seed)[p % count] for p in positions]
+    first = step * batch_size
+    passes = range(first // count, (first + batch_size - 1) // count + 1)
+    stream = [np.random.default_rng([seed, 0, number]).permutation(count) for number in passes]
+    return np.concatenate(stream)[first % count :][:batch_size]
 
 
-@functools.lru_cache(maxsize=2)
-def order_of_pass(count, number, seed):
-    return np.random.default_rng([seed, 0, number]).permutation(count)
+def random_crops(images, size, views, shrink, rng):
+    """Return a random crop of each of these B images: uint8 (B, 3, size, size).
+
+    views: 1, as it is; 2, mirrored with probability 1/2; 8, also turned by quarter turns. shrink:
+    before the crop, an image shrinks by a whole number k = floor(1/u), u uniform in [1/shrink, 1],
+    but not below size; its pixels are then the means of k x k.
+    """
+    utils.check(shrink >= 1, "SHRINK", shrink, "must be at least 1")
+    count, crops = len(images), []
+    shares = rng.uniform(1 / shrink, 1, count)
+    draws = zip(images, shares, rng.random((count, 2)), rng.integers(views, size=count))
+    for image, share, place, view in draws:
+        height, width = image.shape[:2]
+        k = min(int(1 / share), height // size, width // size)
+        side = k * size
+        top, left = int(place[0] * (height - side + 1)), int(place[1] * (width - side + 1))
+        crop = image[top : top + side, left : left + side]
+        if k > 1:
+            crop = crop.reshape(size, k, size, k, 3).mean((1, 3)).round().astype(np.uint8)
+        crop = np.rot90(crop, view // 2)
+        crops.append(crop[:, ::-1] if view % 2 else crop)
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # in channels_last
 
 
 # -----------------------------------------------------------------------------
@@ -188,9 +168,9 @@ def order_of_pass(count, number, seed):
 
 
 def learning_rate(step, steps, lr, decay):
-    """Return the rate of a step: it rises over 500 steps, at most a tenth of all, and falls to 0.
+    """Return the rate of a step: it rises over 500 steps, at most a tenth of all, to lr.
 
-    decay: the last fraction of the steps over which it falls; 0: the rate is lr throughout.
+    Over the last fraction `decay` of the steps it falls to 0; with decay 0 it is lr throughout.
     """
     if decay == 0:
         return lr
@@ -200,73 +180,58 @@ def learning_rate(step, steps, lr, decay):
 
 
 def make_optimizers(model, optimizer, lr):
-    """Return the optimisers that together train the model.
+    """Return the optimisers that together train the model, by their names.
 
-    Muon (Jordan et al. 2024, scaled as in Liu et al. 2025) replaces the update of a matrix by the
-    nearest orthogonal one, so that all its directions learn at one pace. A convolution is a matrix
-    from the patch it sees to its output channels. Adam trains the first and the last convolution,
-    which meet the pixels, the biases, and what embeds the noise level. Its average of squares is
-    as short as Muon's momentum, so that it notices a lone image at a high noise level, whose
-    gradient is a hundred times the usual one.
+    Muon trains the hidden convolutions. Adam trains the first and the last convolution, which meet
+    the pixels, the biases, and what embeds the noise level. Its average of squares is then as short
+    as Muon's momentum, so that it notices a lone image at a high noise level, whose gradient is a
+    hundred times the usual one.
     """
     utils.check(optimizer in ("muon", "adam"), "OPTIMIZER", optimizer, "must be muon or adam")
     if optimizer == "adam":
-        return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
+        return {"adam": torch.optim.Adam(model.parameters(), lr=lr, fused=True)}
     hidden = [p for p in model.parameters() if p.ndim == 4][1:-1]
     rest = [p for p in model.parameters() if all(p is not weight for weight in hidden)]
     adam = torch.optim.Adam(rest, lr=lr, betas=(0.9, 0.95), fused=True)
-    return [adam, HiddenMuon(hidden, lr, dtype=torch.bfloat16 if model.autocast else torch.float32)]
+    dtype = torch.bfloat16 if model.autocast else torch.float32
+    return {"adam": adam, "muon": Muon(hidden, lr, dtype)}
 
 
-class HiddenMuon(torch.optim.Muon):
-    """torch's Muon for convolutions in channels_last: those of one shape all at once.
+class Muon(torch.optim.Optimizer):
+    """Replace the update of each weight by the nearest orthogonal matrix (Jordan et al. 2024).
 
-    torch's own step takes the matrices one by one, in some thirty small operations each, between
-    which a GPU waits for the CPU. dtype: of the products that make matrices orthogonal.
+    So all its directions learn at one pace. A convolution (out, in, h, w) is a matrix from the
+    patch it sees to its output channels. The length of an update is Adam's (Liu et al. 2025, eq.
+    4), the weight decay 0.1. dtype: of the products of matrices.
     """
 
-    def __init__(self, weights, lr, weight_decay=0.1, dtype=torch.float32):
-        self.weights, self.dtype = weights, dtype
-        matrices = [nn.Parameter(self.as_matrix(weight.detach())) for weight in weights]
-        super().__init__(matrices, lr=lr, weight_decay=weight_decay)
-        for matrix in matrices:
-            self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-
-    @staticmethod
-    def as_matrix(weight):  # (out, in, h, w) -> (out, h * w * in); `view` refuses to copy
-        return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+    def __init__(self, weights, lr, dtype=torch.float32):
+        super().__init__(weights, {"lr": lr})
+        self.dtype = dtype
+        for weight in weights:
+            self.state[weight]["mean"] = torch.zeros_like(weight)
 
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
-        matrices, momentum = group["params"], group["momentum"]
-        gradients = [self.as_matrix(weight.grad) for weight in self.weights]
-        means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for shape in dict.fromkeys(matrix.shape for matrix in matrices):
-            alike = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
-            updates = torch.stack([ahead[i] for i in alike]).to(self.dtype)
-            moves = orthogonal(updates, group["ns_coefficients"], group["ns_steps"])
-            length = group["lr"] * 0.2 * max(shape) ** 0.5  # as Adam's (Liu et al. 2025, eq. 4)
-            torch._foreach_add_([matrices[i] for i in alike], moves.unbind(), alpha=-length)
+        lr = self.param_groups[0]["lr"]
+        for weight in self.param_groups[0]["params"]:
+            mean = self.state[weight]["mean"].lerp_(weight.grad, 0.05)
+            update = weight.grad.lerp(mean, 0.95).flatten(1)  # Nesterov's look-ahead
+            length = lr * 0.2 * max(update.shape) ** 0.5
+            update = orthogonal(update.to(self.dtype))
+            weight.mul_(1 - 0.1 * lr).sub_(update.view_as(weight), alpha=length)
 
 
-def orthogonal(matrices, coefficients, steps):
-    """Return about the nearest orthogonal matrix to each, by Newton-Schulz iterations.
-
-    matrices: (N, rows, columns). A singular value ends between 0.7 and 1.2, unless it is close to 0
-    (Jordan et al. 2024).
-    """
-    a, b, c = coefficients
-    high = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if high else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if high else x
+def orthogonal(x):
+    """Return nearly the nearest orthogonal matrix to x: singular values from 0.7 to 1.2."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):  # Newton-Schulz iterations
+        gram = x @ x.T
+        factor = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)  # a s + b s^3 + c s^5 of each singular value s
+    return x
 
 
 @torch.no_grad()
@@ -282,123 +247,96 @@ def update_average(average, model, step, ema):
 
 
 @torch.no_grad()
-def validate(model, images, sigmas):
-    """Return {noise level: mean over images of the one-step PSNR in dB}.
+def validate(model, images, words):
+    """Return and say {noise level: mean over images of the one-step PSNR in dB}.
 
     images: uint8 (N, 3, H, W). The noise is the same every time, one field for all levels.
     """
-    x0, denoiser = images / 255, utils.tiled(model)
+    x0, denoiser, usual = images / 255, utils.tiled(model), (0.02, 0.05, 0.1, 0.2, 0.5)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
+    sigmas = [s for s in usual if model.sigma_min <= s <= model.sigma_max] or [model.sigma_max]
     means = {}
     for sigma in sigmas:
         denoised = denoiser(x0 + sigma * noise, sigma)
         means[sigma] = utils.psnr(denoised.cpu(), x0.cpu()).mean().item()
+        words += f"  {means[sigma]:.2f} dB at {sigma:g}"
+    say(words)
     return means
 
 
-def log_loss(run, bar):
-    """Add the mean loss since the last one logged to the curve, and show it."""
-    check_divergence(run)
-    loss = float(run["loss_sum"]) / run["loss_steps"]
+def mean_loss(run, model):
+    """Return the mean loss since the last logged; raises ValueError if the training diverged."""
+    loss = sum(map(float, run["recent"])) / max(1, len(run["recent"]))
+    finite = all(weight.isfinite().all() for weight in model.parameters())
+    if not (loss < 1e4 and finite):  # an untrained network's is about 10, a good one's about 1
+        words = "what was saved is kept, lower --lr"
+        raise ValueError(f"the training diverged before step {run['step']}: {words}")
+    return loss
+
+
+def log_loss(run, model, bar):
+    """Add the mean loss since the last one to the curve, and show it."""
+    loss = mean_loss(run, model)
     run["losses"].append([run["images_seen"], loss])
-    run["loss_sum"], run["loss_steps"] = 0.0, 0
+    run["recent"] = []
     bar.set_postfix(loss=f"{loss:.4f}")
     if bar.disable:
         say(f"step {run['step']}: loss {loss:.4f}")
 
 
-def check_divergence(run):
-    """Raise ValueError if the loss or a weight shows that the training diverged."""
-    loss = float(run["loss_sum"]) / max(1, run["loss_steps"])
-    finite = all(weight.isfinite().all() for weight in run["model"].parameters())
-    if not (loss < 1e4 and finite):  # an untrained network's is about 10, a good one's about 1
-        words = "what was saved is kept, lower --lr"
-        raise ValueError(f"the training diverged before step {run['step']}: {words}")
-
-
-def measure(run, kind, images):
-    """Note and say the PSNR of the averaged weights on images of that kind, "val" or "test"."""
-    model, usual = run["average"], (0.02, 0.05, 0.1, 0.2, 0.5)
-    sigmas = [s for s in usual if model.sigma_min <= s <= model.sigma_max] or [model.sigma_max]
-    run[f"{kind}_psnr"] = validate(model, images, sigmas)
-    words = [f"{value:.2f} dB at {sigma:g}" for sigma, value in run[f"{kind}_psnr"].items()]
-    say(f"step {run['step']}: {kind} PSNR {'  '.join(words)}")
-
-
-def new_run(model, optimizers, train, earlier, hardware):
-    """Return all that a training keeps between steps, and in its file, before the first of them."""
-    run = {
-        "model": model,
-        "average": copy.deepcopy(model),
-        "step": 0,
-        "images_seen": 0,
-        "hours": 0.0,
-        "losses": [],  # [images seen, mean loss since the one before], ...
-        "loss_sum": 0.0,  # since the last of them, over
-        "loss_steps": 0,  # so many steps
-        "psnrs": [],  # [images seen, {noise level: PSNR in dB of the average}], ...
-        "val_psnr": {},  # the last of them
-        "test_psnr": {},
-        "training_images": len(train),
-        "checksum": train.checksum(),
-        "options": utils.options(globals()),
-        "earlier": earlier,  # the images and hours that made the checkpoint it started from
-        "hardware": hardware,
-        "torch": str(torch.__version__),
-    }
-    return run | {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
-
-
 def files_of(name):
-    """Return what a training writes: network, what it goes on from, figure and numbers of it."""
-    checkpoints = [Path("checkpoints", f"{name}{suffix}") for suffix in (".pt", "_resume.pt")]
-    return checkpoints + [Path("figures", f"{name}_training{end}") for end in (".png", ".csv")]
+    """Return the files of a training: the network, what it goes on from, and its curves."""
+    words = "must be up to 100 letters, digits, '.', '-' and '_'"
+    utils.check(re.fullmatch(r"\w[\w.-]{0,99}", name), "NAME", repr(name), words)
+    folder = Path("checkpoints")
+    return folder / f"{name}.pt", folder / f"{name}_resume.pt", Path(f"figures/{name}_training.png")
 
 
-def save(run, network, resume, figure, table):
-    """Write all of `run`, from which the training goes on, then the network and its curves."""
-    check_divergence(run)
-    states = {k: v.state_dict() for k, v in run.items() if hasattr(v, "state_dict")}
-    info = {k: v for k, v in run.items() if k not in states}
-    utils.save_checkpoint(resume, info | states)
-    config = run["model"].config
-    utils.save_checkpoint(network, {"config": config, "weights": states["average"], "info": info})
-    rows = {images: {"images": images, "loss": loss} for images, loss in run["losses"]}
-    for images, psnr in run["psnrs"]:
-        row = rows.setdefault(images, {"images": images})
-        row |= {f"PSNR at {sigma:g}": value for sigma, value in psnr.items()}
-    utils.save_csv(table, [rows[images] for images in sorted(rows)])
+def save(run, parts, network, resume, figure):
+    """Write what the training goes on from, then the network and its curves."""
+    mean_loss(run, parts["model"])  # nothing diverged is saved
+    run["saved"] = run["hours"]
+    states = {name: part.state_dict() for name, part in parts.items()}
+    utils.save_checkpoint(resume, states | {"run": run})
+    config = parts["model"].config
+    utils.save_checkpoint(network, {"config": config, "weights": states["average"], "info": run})
     utils.plot_training(figure, run["losses"], run["psnrs"])
 
 
-def load(run, network, resume):
-    """Go on from what `save` wrote, if it did; raises ValueError if that is another training."""
+def begin(images, hardware, parts, network, resume):
+    """Return the numbers of a training: new ones or, with the states of its parts, the saved ones.
+
+    recent: losses of the steps since the last one in losses, [[images seen, mean loss], ...].
+    psnrs: [[images seen, {noise level: PSNR in dB of the averaged weights}], ...].
+    Raises ValueError if another training was saved there.
+    """
+    now = {"options": utils.options(globals()), "hardware": hardware}
+    now["torch"] = str(torch.__version__)
+    checksum = 0
+    for image in images:
+        checksum = zlib.crc32(image.tobytes(), checksum)
     if not resume.exists():
         if network.exists():
-            words = f"'{network}' exists, without '{resume.name}' to go on from"
-            raise ValueError(f"{words}: choose another --name")
-        return
-    free = "epochs", "lr", "data", "test", "name", "device", "precision", "compile", "save_minutes"
+            raise ValueError(f"'{network}' exists, but not '{resume.name}': choose another --name")
+        run = {"step": 0, "images_seen": 0, "hours": 0.0, "saved": 0.0}  # the last: hours at a save
+        run |= {"recent": [], "losses": [], "psnrs": [], "test_psnr": {}}
+        return run | {"training_images": len(images), "checksum": checksum} | now
     kept = load_checkpoint(resume)
-    try:
-        for name, value in run["options"].items():
-            was = kept["options"].get(name)
-            if was != value and name not in free:
-                raise ValueError(f"--{name.replace('_', '-')} was {was}, not {value}")
-        if kept["checksum"] != run["checksum"]:
-            raise ValueError("it was trained on other images")
-        for name in run.keys() - {"options"}:
-            if hasattr(run[name], "load_state_dict"):
-                run[name].load_state_dict(kept[name])
-            else:
-                run[name] = kept[name]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}; choose another --name, or delete it"
-        raise ValueError(f"cannot go on from '{resume}': {reason}") from None
+    run = kept.get("run", {"options": {}})
+    free = "epochs", "lr", "data", "test", "name", "device", "precision", "compile", "save_minutes"
+    for name, value in now["options"].items():
+        was = run["options"].get(name)
+        words = f"was {was} in '{resume}' (choose another --name)"
+        utils.check(name in free or was == value, name, value, words)
+    if run["checksum"] != checksum:
+        raise ValueError(f"'{resume}' was trained on other images: choose another --name")
+    for name, part in parts.items():
+        part.load_state_dict(kept[name])
+    return run | now
 
 
 # -----------------------------------------------------------------------------
-# More than one process
+# The training
 # -----------------------------------------------------------------------------
 
 
@@ -432,38 +370,33 @@ def say(text):
         tqdm.write(text)
 
 
-# -----------------------------------------------------------------------------
-
-
 def check_options(world):
     """Raise ValueError for what nothing below would notice."""
-    words = "must be up to 100 letters, digits, '.', '-' and '_'"
-    utils.check(re.fullmatch(r"\w[\w.-]{0,99}", NAME), "NAME", repr(NAME), words)
     words = f"must be a positive multiple of the number of processes, {world}"
     utils.check(BATCH_SIZE > 0 and BATCH_SIZE % world == 0, "BATCH_SIZE", BATCH_SIZE, words)
     utils.check(len(SIGMAS) <= 2, "SIGMAS", SIGMAS, "must be the lowest and the highest, or one")
-    utils.check(SEED >= 0, "SEED", SEED, "must not be negative")
     utils.check(CLIP > 0, "CLIP", CLIP, "must be positive")
 
 
-def build_model(low, high, device):
-    """Return the network, and how many images and hours made the checkpoint it starts from."""
+def build_model(device):
+    """Return the network, random or from INIT, and the same compiled and for several processes."""
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = True  # a GPU tries which convolution is fastest
-    bfloat16 = utils.pick_bfloat16(PRECISION, device)
-    model = ScoreModel(NETWORK, low, high, WIDTHS, BLOCKS, ATTENTION, autocast=bfloat16).to(device)
-    if INIT == "none":
-        return model, {}
-    init = load_model(INIT)
-    if init.config != model.config:
-        raise ValueError(f"--init '{INIT}' is another network: {init.config}, not {model.config}")
-    model.load_state_dict(init.state_dict())
-    earlier = init.info.get("earlier", {})
-    return model, {k: init.info.get(k, 0) + earlier.get(k, 0) for k in ("images_seen", "hours")}
+    model = ScoreModel(NETWORK, SIGMAS[0], SIGMAS[-1], WIDTHS, BLOCKS, ATTENTION).to(device)
+    model.autocast = utils.pick_bfloat16(PRECISION, device)
+    if INIT != "none":
+        init = load_model(INIT)
+        if init.config != model.config:
+            raise ValueError(f"--init '{INIT}' is another network: {init.config}")
+        model.load_state_dict(init.state_dict())
+    network = torch.compile(model, dynamic=False, mode="reduce-overhead") if COMPILE else model
+    if dist.is_initialized():
+        network = DistributedDataParallel(network)  # averages the gradients over the processes
+    return model, network
 
 
 def read_data(rank, device):
-    """Return the crops to train on, and images uint8 (N, 3, CROP, CROP) to validate and to test."""
+    """Return the images to train on, and uint8 (N, 3, CROP, CROP) to validate and to test."""
     if rank > 0:
         total(0)  # the first process reads before the others: it may have to download
     images, tests = utils.training_images(DATA, smallest=CROP, notify=say), []
@@ -473,81 +406,74 @@ def read_data(rank, device):
         total(0)
     words = f"must leave some of the {len(images)} images of '{DATA}' to train on"
     utils.check(0 < VAL_IMAGES < len(images), "VAL_IMAGES", VAL_IMAGES, words)
-    train = Crops(images[:-VAL_IMAGES], CROP, FLIP, TURN, SHRINK)
-    return train, middle(images[-VAL_IMAGES:], device), middle(tests, device)
+    measured = []
+    for image in (*images[-VAL_IMAGES:], *tests):
+        measured.append(utils.crop(torch.tensor(image).permute(2, 0, 1), CROP))
+    measured = torch.stack(measured).to(device)
+    return images[:-VAL_IMAGES], measured[:VAL_IMAGES], measured[VAL_IMAGES:]
 
 
-def middle(images, device):
-    crops = [utils.crop(torch.tensor(image).permute(2, 0, 1), CROP) for image in images]
-    return torch.stack(crops).to(device) if crops else []
+def progress_bar(run, model, steps, rank):
+    """Say what is trained, and return a bar for its images."""
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{NETWORK}, {count:,} parameters, on {run['hardware']}")
+    say(f"{run['training_images']:,} training images, {steps:,} steps, from step {run['step']:,}")
+    hidden = rank > 0 or None  # None: where stderr is no terminal
+    images = steps * BATCH_SIZE
+    return tqdm(total=images, initial=run["images_seen"], unit="img", disable=hidden)
+
+
+def say_end(run, steps, network):
+    if run["step"] < steps:
+        say(f"stopped after step {run['step']} of {steps}, saved: the same command goes on")
+        sys.exit(130)
+    say(f"{run['images_seen']:,} images seen, wrote '{network}' and its curves")
 
 
 def main():
     rank, world = join_processes()
     check_options(world)
-    device = utils.pick_device(DEVICE)
-    low, high = SIGMAS[0], SIGMAS[-1]
-    model, earlier = build_model(low, high, device)
-    optimizers = make_optimizers(model, OPTIMIZER, LR)
-    train, val, test = read_data(rank, device)
-    steps = math.ceil(EPOCHS * len(train) / BATCH_SIZE)
+    device, files = utils.pick_device(DEVICE), files_of(NAME)
+    images, val, test = read_data(rank, device)
+    model, network = build_model(device)
+    average, optimizers = copy.deepcopy(model), make_optimizers(model, OPTIMIZER, LR)
+    parts = {"model": model, "average": average, **optimizers}
+    steps = math.ceil(EPOCHS * len(images) / BATCH_SIZE)
     log_steps, val_steps = max(1, min(100, steps // 10)), max(1, steps // 20)
-    here = utils.hardware(device, world)
-    run = new_run(model, optimizers, train, earlier, here)
-    files = files_of(NAME)
 
     with utils.locked(*files) if rank == 0 else contextlib.nullcontext():
-        load(run, *files[:2])
-        if not run["hardware"].endswith(here):
-            run["hardware"] += f", then {here}"
-        network = torch.compile(model, dynamic=False, mode="reduce-overhead") if COMPILE else model
-        if world > 1:
-            network = DistributedDataParallel(network)  # averages the gradients over processes
-        say(f"{NETWORK}, {sum(p.numel() for p in model.parameters()):,} parameters, on {here}")
-        say(f"{len(train):,} training images, {steps:,} steps, from step {run['step']:,}")
-        hidden = rank > 0 or None  # None: where stderr is no terminal
-        bar = tqdm(total=steps * BATCH_SIZE, initial=run["images_seen"], unit="img", disable=hidden)
-        signals = note_signals()
+        run = begin(images, utils.hardware(device, world), parts, *files[:2])
+        bar, signals = progress_bar(run, model, steps, rank), note_signals()
         began = time.perf_counter() - 3600 * run["hours"]
-        saved = run["hours"]
-
         for step in range(run["step"], steps):
-            x0, sigma, noise = make_batch(train, step, BATCH_SIZE, low, high, TAILS, SEED, device)
-            mine = slice(rank, None, world)
-            loss = denoising_loss(network, x0[mine], sigma[mine], noise[mine])
+            x0, sigma, noise = make_batch(images, step, rank, world, device)
+            loss = denoising_loss(network, x0, sigma, noise)
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            for optimizer in optimizers:
+            for optimizer in optimizers.values():
                 optimizer.param_groups[0]["lr"] = learning_rate(step, steps, LR, DECAY)
                 optimizer.step()
-            update_average(run["average"], model, step, EMA)
+            update_average(average, model, step, EMA)
 
-            run["loss_sum"] += total(loss.detach()) / world
-            run["loss_steps"] += 1
             run["step"], run["images_seen"] = step + 1, (step + 1) * BATCH_SIZE
             run["hours"] = (time.perf_counter() - began) / 3600
+            run["recent"].append(total(loss.detach()) / world)
             bar.update(BATCH_SIZE)
             if run["step"] % log_steps == 0:
-                log_loss(run, bar)
+                log_loss(run, model, bar)
             if rank == 0 and (steps - run["step"]) % val_steps == 0:
-                measure(run, "val", val)
-                run["psnrs"].append([run["images_seen"], run["val_psnr"]])
-            if rank == 0 and run["hours"] - saved > SAVE_MINUTES / 60:
-                save(run, *files)
-                saved = run["hours"]
+                psnr = validate(average, val, f"step {run['step']}: val PSNR")
+                run["psnrs"].append([run["images_seen"], psnr])
+            if rank == 0 and run["hours"] - run["saved"] > SAVE_MINUTES / 60:
+                save(run, parts, *files)
             if total(len(signals)):  # to any of the processes
                 break
-
-        bar.close()
+        if rank == 0 and run["step"] >= steps and len(test):
+            run["test_psnr"] = validate(average, test, f"step {run['step']}: test PSNR")
         if rank == 0:
-            if run["step"] >= steps and len(test):
-                measure(run, "test", test)
-            save(run, *files)
-        if run["step"] < steps:
-            say(f"stopped after step {run['step']} of {steps}, saved: the same command goes on")
-            sys.exit(130)
-    say(f"{run['images_seen']:,} images seen, wrote '{files[0]}' and '{files[2]}'")
+            save(run, parts, *files)
+    say_end(run, steps, files[0])
 
 
 if __name__ == "__main__":

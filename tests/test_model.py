@@ -11,14 +11,7 @@ import torch.nn.functional as F
 
 import train_score
 import utils
-from model import (
-    CNN3,
-    ResidualBlock,
-    ScoreModel,
-    WindowAttention,
-    load_checkpoint,
-    load_model,
-)
+from model import CNN3, ResidualBlock, ScoreModel, WindowAttention, load_checkpoint, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_LEVEL = {"network": "cnn3", "sigma_min": 0.1, "sigma_max": 0.1}
@@ -26,11 +19,11 @@ SMALL = {"network": "unet", "sigma_min": 0.01, "sigma_max": 1.0, "features": 8}
 SMALL |= {"widths": (32, 32), "blocks": (1, 1), "attention": (0, 1)}
 
 
-def small_model(seed=0, **changes):
+def small_model(**changes):
     """A small network with random weights everywhere, also where training starts from zero."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = ScoreModel(**(ONE_LEVEL if changes.get("network") == "cnn3" else SMALL) | changes)
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
@@ -160,12 +153,10 @@ def test_any_size_works_and_gradients_reach_the_image(network):
         assert denoised.shape == x.shape
         (gradient,) = torch.autograd.grad(denoised.square().sum(), x)
         assert gradient.isfinite().all() and (gradient != 0).all()
-
-
-def test_padding_keeps_the_image_in_place():
-    model, x = small_model(), images(1, 3, 8, 8)
-    padded = F.pad(x[..., :7], (0, 1, 0, 0), mode="replicate")
-    torch.testing.assert_close(model(x[..., :7], 0.1), model(padded, 0.1)[..., :7])
+    narrow = images(1, 3, 8, 7)  # the padding, at its right, is cut off again
+    padded = F.pad(narrow, (0, 1, 0, 0), mode="replicate")
+    expected = small_model()(padded, 0.1)[..., :7]
+    torch.testing.assert_close(small_model()(narrow, 0.1), expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 1, 4, 4), (1, 3, 0, 4)])
@@ -180,14 +171,11 @@ def test_only_a_batch_of_float_images_is_taken(shape):
     [
         ({"sigma_min": 0.0}, "0.0 and 1.0"),
         ({"sigma_max": math.inf}, "0.01 and inf"),
-        ({"network": "transformer"}, "unknown network 'transformer'"),
-        ({"network": "cnn3"}, "one noise level, not 0.01 to 1.0"),
-        ({"blocks": (1, 2, 3)}, "as many blocks and attention"),
+        ({"network": "transformer"}, "must be 'unet', or 'cnn3' for one noise level, not 'transf"),
+        ({"network": "cnn3"}, "not 'cnn3' for 0.01 to 1.0"),
+        ({"blocks": (1, 2, 3)}, "as many blocks and attention, not (32, 32), (1, 2, 3), (0, 1)"),
         ({"widths": (), "blocks": (), "attention": ()}, "give 1 to 5 widths"),
-        ({"widths": (0, 8)}, "not (0, 8)"),
-        ({"widths": (8.0, 8)}, "all of them integers"),
-        ({"blocks": (10_000_000, 1)}, "not (32, 32), (10000000, 1)"),
-        ({"widths": (32, 48)}, "attention needs a width that is a multiple of 32"),
+        ({"widths": (32, 48)}, "attention needs widths that are multiples of 32, not (32, 48)"),
     ],
 )
 def test_networks_that_cannot_be_are_refused(change, words):
@@ -214,7 +202,8 @@ def test_the_weights_may_have_any_precision(network, convert, digits):
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_state():
     x, kinds = images(2, 3, 8, 8, dtype=torch.float64), []
     for autocast, kind in ((False, torch.float32), (True, torch.bfloat16)):
-        model = small_model(autocast=autocast)
+        model = small_model()
+        model.autocast = autocast
         model.net.stem.register_forward_hook(lambda module, seen, out: kinds.append(out.dtype))
         assert model(x, 0.1).dtype == torch.float64 and kinds.pop() == kind
         # At a vanishing noise level D(x) = x to far more than the 3 digits of bfloat16.
@@ -365,7 +354,7 @@ def test_the_shipped_network_says_how_good_it_is():
     model = load_model(path)
     assert sum(p.numel() for p in model.parameters()) < 2.1e6 and path.stat().st_size < 10e6
     assert (model.sigma_min, model.sigma_max) == train_score.SIGMAS
-    assert model.info["images_seen"] == 11_006_652 and not model.info["earlier"]
+    assert model.info["images_seen"] == 11_006_652
     # Made by the constants of today; --data, --name and --test were where the images lay.
     now, made_with = utils.options(vars(train_score)), model.info["options"]
     for name in now.keys() & made_with.keys() - {"data", "name", "test", "compile"}:
