@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 def options(constants):
     """Return the upper-case constants of a script, its globals(), by the names of their options."""
-    named = re.compile(r"[A-Z][A-Z0-9_]*")
-    return {name.lower(): value for name, value in constants.items() if named.fullmatch(name)}
+    upper = [name for name in constants if name.isupper() and not name.startswith("_")]
+    return {name.lower(): constants[name] for name in upper}
 
 
 def set_options(constants, arguments=None, positional=None):
@@ -213,8 +213,7 @@ def _find_files(sources, notify, output, skip):
         elif path.is_dir():
             files += _files_below(path, notify, output)
         elif not path.exists():
-            words = "(and not 'samples' or 'cifar10')"
-            raise FileNotFoundError(f"no such file or folder: '{source}' {words}")
+            raise FileNotFoundError(f"no such file or folder: '{source}'")
         elif output in path.resolve().parents:
             words = "a result could overwrite it: choose another --output"
             raise ValueError(f"'{source}' lies in the output folder, {words}")
@@ -253,7 +252,6 @@ def _read(path, black, white, notify):
     try:
         if not path.is_file():
             raise ValueError("not a regular file")  # to open a pipe would wait for ever
-        str(path).encode()  # raises ValueError unless its name is text
         if suffix == ".npy":
             values, spec = np.load(path, allow_pickle=False), None
         else:
@@ -269,7 +267,7 @@ def _read(path, black, white, notify):
             white = 1 if values.dtype.kind == "f" else np.iinfo(values.dtype).max
         if not black < white < math.inf:
             raise ValueError(f"--white {white:g} must be above --black {black:g}")
-        pixels = _pixels(_colours(frames), black, white)
+        pixels = _pixels(frames[..., : 1 if frames.shape[3] < 3 else 3], black, white)
     except Exception as error:  # whatever damaged pixels or headers can raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"'{path}' cannot be read: {reason}") from None
@@ -277,10 +275,6 @@ def _read(path, black, white, notify):
         is_tiff = values.dtype.kind == "f" or suffix in (".tif", ".tiff")
         suffix = ".tif" if is_tiff else ".png"
     return Image(pixels, "", False, values, black, white, suffix, spec)
-
-
-def _colours(frames):  # without alpha
-    return frames[..., :-1] if frames.shape[3] in (2, 4) else frames
 
 
 def _read_oiio(path, notify):
@@ -309,11 +303,10 @@ def _read_oiio(path, notify):
     if count > len(frames):
         kinds = "further frames are left out; only TIFF pages of one size and type are a stack"
         notify(f"'{path}': {count - len(frames)} {kinds}")
-    behind = re.compile(r'\bimages=(\d+)|"shape": \[(\d+),.*"truncated": true')
-    said = behind.search(spec.get_string_attribute("ImageDescription"))  # by ImageJ or tifffile
-    if said and int(said[1] or said[2]) > count:
-        number = said[1] or said[2]
-        raise ValueError(f"{number} images behind one page header; save it with a page for each")
+    of_a_stack = r'\bimages=(\d+)|"shape": \[(\d+),.*"truncated": true'  # of ImageJ or tifffile
+    stack = re.search(of_a_stack, spec.get_string_attribute("ImageDescription"))
+    if stack and int(stack[1] or stack[2]) > count:
+        raise ValueError("several images behind one page header; save it with a page for each")
     values = np.stack(frames)
     white_is_zero = spec.get_int_attribute("tiff:PhotometricInterpretation", 1) == 0
     if white_is_zero and values.dtype in (np.uint16, np.uint32):  # of 8 bits, it is read as black
@@ -340,7 +333,7 @@ def write_image(path, image, pixels):
     if like.dtype.kind != "f":
         ends = np.iinfo(like.dtype)
         values = np.rint(values).clip(ends.min, ends.max)
-    channels = _colours(like).shape[3]
+    channels = 1 if like.shape[3] < 3 else 3
     values = np.broadcast_to(values, (*values.shape[:3], channels)).astype(like.dtype)
     if channels < like.shape[3]:
         factor = values.shape[1] // like.shape[1]  # of an enlarged image
@@ -366,7 +359,8 @@ def _write_oiio(path, values, old):
             if not attribute.name.startswith(of_the_file):
                 spec.attribute(attribute.name, attribute.type, attribute.value)
     spec.attribute("oiio:UnassociatedAlpha", 1)
-    spec.attribute("compression", "none")  # which every program can read
+    compression = "none" if path.suffix == ".tif" else "zip"  # TIFF that every program can read
+    spec.attribute("compression", compression)
     file = oiio.ImageOutput.create(str(path))
     written = file.open(str(path), (spec,) * len(values))
     for k, frame in enumerate(values):
@@ -506,37 +500,28 @@ def tiled(denoiser, pixels=2**18, halo=64, update=None):
     """
 
     def denoise_parts(x, sigma):
-        parts = _parts(x.shape, pixels, halo)
+        count, _, height, width = x.shape
+        most, side = max(1, pixels // (height * width)), max(height, width)
+        if height * width > pixels:
+            side = max(64, math.isqrt(pixels) - 2 * halo) // 32 * 32
+        parts = list(product(range(0, count, most), range(0, height, side), range(0, width, side)))
         one = denoiser
         if torch.is_grad_enabled() and len(parts) > 1:
             one = functools.partial(checkpoint, denoiser, use_reentrant=False)
         out = torch.empty_like(x)
-        for images, rows, columns in parts:
+        for first, row, column in parts:
+            images = slice(first, first + most)
+            top, left = max(row - halo, 0), max(column - halo, 0)
+            seen = x[images, :, top : row + side + halo, left : column + side + halo]
             level = sigma[images] if torch.is_tensor(sigma) and sigma.numel() > 1 else sigma
-            top, left = max(rows.start - halo, 0), max(columns.start - halo, 0)
-            seen = x[images, :, top : rows.stop + halo, left : columns.stop + halo]
-            denoised = one(seen, level)[:, :, rows.start - top :, columns.start - left :]
-            tile = out[images, :, rows, columns]
+            denoised = one(seen, level)[:, :, row - top :, column - left :]
+            tile = out[images, :, row : row + side, column : column + side]
             tile.copy_(denoised[:, :, : tile.shape[2], : tile.shape[3]])
             if update is not None:
                 update(1 / len(parts))
         return out
 
     return denoise_parts
-
-
-def _parts(shape, pixels, halo):
-    """Return slices (images, rows, columns) that cover a batch; the last may reach beyond it."""
-    count, _, height, width = shape
-    side = max(height, width)
-    if height * width > pixels:
-        side = max(64, math.isqrt(pixels) - 2 * halo) // 32 * 32
-    images = max(1, pixels // (height * width))
-    return list(product(_slices(count, images), _slices(height, side), _slices(width, side)))
-
-
-def _slices(n, size):
-    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 def seeded_noise(seeds, device="cpu"):

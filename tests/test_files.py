@@ -165,6 +165,13 @@ def test_at_the_lowest_noise_level_a_file_comes_back_as_it_was(tmp_path, run, lo
     assert np.array_equal(found.values[0], RGBA16)
 
 
+def test_a_png_is_compressed(tmp_path):
+    pillow(".png", np.zeros((200, 200, 3), np.uint8))(tmp_path)
+    image = read(tmp_path)
+    utils.write_image(tmp_path / "b.png", image, image.pixels)
+    assert (tmp_path / "b.png").stat().st_size < 200 * 200 * 3 / 50
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_of_an_animation_the_first_frame_is_read(suffix, tmp_path):
     options = {"save_all": True} | ({"lossless": True} if suffix == ".webp" else {})
@@ -294,8 +301,8 @@ BROKEN = {  # kind: (how it is written, words of the message)
     "no pixels": (npy(np.zeros((0, 5, 3), "u1")), ""),
     "truth values": (npy(G8 > 127), "bool"),
     "objects": (npy(np.array([[None]])), ""),
-    "ImageJ's stack": (tiff(G16[..., 0], **IMAGEJ), "3 images behind one page header"),
-    "tifffile's stack": (tiff(PAGES, truncate=True, **RGB), "3 images behind one page header"),
+    "ImageJ's stack": (tiff(G16[..., 0], **IMAGEJ), "images behind one page header"),
+    "tifffile's stack": (tiff(PAGES, truncate=True, **RGB), "images behind one page header"),
 }
 
 
@@ -405,7 +412,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path, run):
     name = os.fsdecode(b"caf\xe9")
     put(tmp_path, f"{name}.png")
     _, err = run([f"{name}.png", "--sigma", "0.1"], code=2)
-    assert "cannot be read" in err and "'utf-8' codec" in err and len(err.splitlines()) == 1
+    assert "cannot be read" in err and len(err.splitlines()) == 1
 
 
 # -----------------------------------------------------------------------------
