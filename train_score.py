@@ -11,10 +11,10 @@ For clean images x0 and x = x0 + sigma n, the loss is the mean over images and n
     lambda(sigma) |score(x, sigma) - (x0 - x) / sigma^2|^2
         = lambda(sigma) / sigma^4 |D(x, sigma) - x0|^2.
 
-Ctrl-C saves and stops; a crash loses the time since the last save. The same command goes on, with
-the same result as if it had not stopped (on a GPU, to rounding); with more --epochs it goes on
-beyond. `torchrun --nproc-per-node=N train_score.py` shares each batch among N processes, a GPU for
-each where there are any, with the result of one to rounding.
+Ctrl-C saves and stops; a crash loses the time since the last save. The same command goes on as if
+it had not stopped (on a GPU, to rounding), and with more --epochs beyond the end. `torchrun
+--nproc-per-node=N train_score.py` shares each batch among N processes, a GPU for each where there
+are any, with the result of one to rounding.
 """
 
 import signal
@@ -49,7 +49,7 @@ TEST = "none"  # "cifar10" (its test images) or a path: the first 1,000 are meas
 VAL_IMAGES = 500  # the last images of the data are never trained on, and validate
 CROP = 32  # side in pixels of a random crop of each image; smaller images are left out
 VIEWS = 2  # 1: each crop as it is; 2: or mirrored; 8: and turned, which helps where images are few
-SHRINK = 1  # shrink up to so many times before the crop, at random: shows more scales; 1: never
+SHRINK = 1  # first shrink by floor(1/u), u uniform in [1/SHRINK, 1]: shows more scales; 1: never
 # network
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
 WIDTHS = (64, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 are fastest
@@ -112,8 +112,7 @@ def noise_law(u, low, high, tails):
 def make_batch(images, step, rank=0, world=1, device="cpu"):
     """Return this process's share of x0, sigma and noise of one step.
 
-    The whole depends on the seed and the step alone. images: uint8 (H, W, 3) each, of any sizes
-    from CROP x CROP.
+    The whole batch depends on SEED and step alone. images: uint8 (H, W, 3), sides at least CROP.
     """
     rng = np.random.default_rng([SEED, 1, step])
     index = images_of_step(len(images), step, BATCH_SIZE, SEED)
@@ -129,8 +128,7 @@ def make_batch(images, step, rank=0, world=1, device="cpu"):
 def images_of_step(count, step, batch_size, seed):
     """Return which of `count` images a step takes.
 
-    They stand at step * B to step * B + B - 1 of an endless stream, in which each pass over the
-    images has an order of its own.
+    They are the next B of an endless stream, in which each pass over the images has its own order.
     """
     first = step * batch_size
     passes = range(first // count, (first + batch_size - 1) // count + 1)
@@ -141,9 +139,9 @@ def images_of_step(count, step, batch_size, seed):
 def random_crops(images, size, views, shrink, rng):
     """Return a random crop of each of these B images: uint8 (B, 3, size, size).
 
-    views: 1, as it is; 2, mirrored with probability 1/2; 8, also turned by quarter turns. shrink:
-    before the crop, an image shrinks by a whole number k = floor(1/u), u uniform in [1/shrink, 1],
-    but not below size; its pixels are then the means of k x k.
+    views: 1: as it is; 2: mirrored with probability 1/2; 8: also turned by quarter turns. shrink:
+    the pixels are means of k x k, k = floor(1/u) for u uniform in [1/shrink, 1], if the image is
+    large enough, else the largest possible k.
     """
     utils.check(shrink >= 1, "SHRINK", shrink, "must be at least 1")
     count, crops = len(images), []
@@ -182,10 +180,9 @@ def learning_rate(step, steps, lr, decay):
 def make_optimizers(model, optimizer, lr):
     """Return the optimisers that together train the model, by their names.
 
-    Muon trains the hidden convolutions. Adam trains the first and the last convolution, which meet
-    the pixels, the biases, and what embeds the noise level. Its average of squares is then as short
-    as Muon's momentum, so that it notices a lone image at a high noise level, whose gradient is a
-    hundred times the usual one.
+    Muon trains the convolutions but the first and the last, which meet the pixels. Adam trains the
+    rest. Its average of squares is then as short as Muon's momentum, so that it notices a lone
+    image at a high noise level, whose gradient is a hundred times the usual one.
     """
     utils.check(optimizer in ("muon", "adam"), "OPTIMIZER", optimizer, "must be muon or adam")
     if optimizer == "adam":
@@ -198,11 +195,10 @@ def make_optimizers(model, optimizer, lr):
 
 
 class Muon(torch.optim.Optimizer):
-    """Replace the update of each weight by the nearest orthogonal matrix (Jordan et al. 2024).
+    """Move each weight along the orthogonal matrix nearest to its momentum (Jordan et al. 2024).
 
-    So all its directions learn at one pace. A convolution (out, in, h, w) is a matrix from the
-    patch it sees to its output channels. The length of an update is Adam's (Liu et al. 2025, eq.
-    4), the weight decay 0.1. dtype: of the products of matrices.
+    So all its directions learn at one pace. A convolution (out, in, h, w) is a matrix (out, in * h
+    * w). The length of a step is Adam's (Liu et al. 2025, eq. 4). dtype: of the matrix products.
     """
 
     def __init__(self, weights, lr, dtype=torch.float32):
@@ -247,7 +243,7 @@ def update_average(average, model, step, ema):
 
 
 @torch.no_grad()
-def validate(model, images, words):
+def validate(model, images, step, kind="val"):
     """Return and say {noise level: mean over images of the one-step PSNR in dB}.
 
     images: uint8 (N, 3, H, W). The noise is the same every time, one field for all levels.
@@ -255,7 +251,7 @@ def validate(model, images, words):
     x0, denoiser, usual = images / 255, utils.tiled(model), (0.02, 0.05, 0.1, 0.2, 0.5)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
     sigmas = [s for s in usual if model.sigma_min <= s <= model.sigma_max] or [model.sigma_max]
-    means = {}
+    means, words = {}, f"step {step}: {kind} PSNR"
     for sigma in sigmas:
         denoised = denoiser(x0 + sigma * noise, sigma)
         means[sigma] = utils.psnr(denoised.cpu(), x0.cpu()).mean().item()
@@ -272,16 +268,6 @@ def mean_loss(run, model):
         words = "what was saved is kept, lower --lr"
         raise ValueError(f"the training diverged before step {run['step']}: {words}")
     return loss
-
-
-def log_loss(run, model, bar):
-    """Add the mean loss since the last one to the curve, and show it."""
-    loss = mean_loss(run, model)
-    run["losses"].append([run["images_seen"], loss])
-    run["recent"] = []
-    bar.set_postfix(loss=f"{loss:.4f}")
-    if bar.disable:
-        say(f"step {run['step']}: loss {loss:.4f}")
 
 
 def files_of(name):
@@ -306,12 +292,11 @@ def save(run, parts, network, resume, figure):
 def begin(images, hardware, parts, network, resume):
     """Return the numbers of a training: new ones or, with the states of its parts, the saved ones.
 
-    recent: losses of the steps since the last one in losses, [[images seen, mean loss], ...].
-    psnrs: [[images seen, {noise level: PSNR in dB of the averaged weights}], ...].
-    Raises ValueError if another training was saved there.
+    losses: [[images seen, mean loss], ...]. recent: the losses since. psnrs: [[images seen, {noise
+    level: PSNR in dB}], ...]. Raises ValueError if another training was saved there.
     """
     now = {"options": utils.options(globals()), "hardware": hardware}
-    now["torch"] = str(torch.__version__)
+    now |= {"torch": str(torch.__version__)}
     checksum = 0
     for image in images:
         checksum = zlib.crc32(image.tobytes(), checksum)
@@ -461,16 +446,17 @@ def main():
             run["recent"].append(total(loss.detach()) / world)
             bar.update(BATCH_SIZE)
             if run["step"] % log_steps == 0:
-                log_loss(run, model, bar)
+                run["losses"].append([run["images_seen"], mean_loss(run, model)])
+                run["recent"] = []
+                bar.set_postfix(loss=f"{run['losses'][-1][1]:.4f}")
             if rank == 0 and (steps - run["step"]) % val_steps == 0:
-                psnr = validate(average, val, f"step {run['step']}: val PSNR")
-                run["psnrs"].append([run["images_seen"], psnr])
+                run["psnrs"].append([run["images_seen"], validate(average, val, step + 1)])
             if rank == 0 and run["hours"] - run["saved"] > SAVE_MINUTES / 60:
                 save(run, parts, *files)
             if total(len(signals)):  # to any of the processes
                 break
         if rank == 0 and run["step"] >= steps and len(test):
-            run["test_psnr"] = validate(average, test, f"step {run['step']}: test PSNR")
+            run["test_psnr"] = validate(average, test, run["step"], "test")
         if rank == 0:
             save(run, parts, *files)
     say_end(run, steps, files[0])

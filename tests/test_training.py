@@ -424,7 +424,7 @@ def test_a_psnr_is_of_its_images_and_of_the_averaged_weights(trained, data):
         seen = torch.from_numpy(seen).permute(0, 3, 1, 2)
         for kind, same in (("average", True), ("model", False)):
             model.load_state_dict(trained.state[kind])
-            measured = train_score.validate(model, seen, "")
+            measured = train_score.validate(model, seen, 12)
             assert all((abs(told[s] - measured[s]) < 1e-6) == same for s in told)
 
 
@@ -450,7 +450,7 @@ def test_validation_measures_the_noise_that_it_adds():
 
     images = torch.full((150, 3, 8, 8), 128, dtype=torch.uint8)
     z = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    found = train_score.validate(Identity(), images, "")
+    found = train_score.validate(Identity(), images, 1)
     assert list(found) == [0.05, 0.1]
     for sigma, value in found.items():
         errors = (sigma * z).square().mean((1, 2, 3))
