@@ -353,11 +353,12 @@ def _write_oiio(path, values, old):
     spec = oiio.ImageSpec(values.shape[2], values.shape[1], values.shape[3], form)
     if old:
         spec.channelnames, spec.alpha_channel = old.channelnames, old.alpha_channel
+        spec.extra_attribs = old.extra_attribs
         inks = old.get_string_attribute("ICCProfile:color_space") == "CMYK"  # are RGB now
         of_the_file = ("tiff:", "jpeg:", "planarconfig", "Orientation") + ("ICCProfile",) * inks
         for attribute in old.extra_attribs:
-            if not attribute.name.startswith(of_the_file):
-                spec.attribute(attribute.name, attribute.type, attribute.value)
+            if attribute.name.startswith(of_the_file):
+                spec.erase_attribute(attribute.name)
     spec.attribute("oiio:UnassociatedAlpha", 1)
     compression = "none" if path.suffix == ".tif" else "zip"  # TIFF that every program can read
     spec.attribute("compression", compression)
@@ -716,22 +717,3 @@ def to_array(x):
     """Return an image (1 or 3, H, W) in [0, 1], clipped and rounded, as uint8 (H, W, 3)."""
     eight_bits = (x.clamp(0, 1) * 255).round().byte()
     return eight_bits.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
-
-
-def save_map(path, variance, title):
-    """Write the square root of a variance map (C, H, W), averaged over 5 x 5 pixels.
-
-    To path.npy goes an array (H, W, C), to path.png a figure of the mean over channels.
-    """
-    window = {"kernel_size": 5, "stride": 1, "padding": 2, "count_include_pad": False}
-    averaged = torch.nn.functional.avg_pool2d(variance.float(), **window).clamp(min=0)
-    with replacing(f"{path}.npy") as temporary:
-        np.save(temporary, averaged.sqrt().permute(1, 2, 0).numpy())
-    image = averaged.mean(0).sqrt().numpy()
-    height = min(12, 0.6 + 5.5 * image.shape[0] / image.shape[1])
-    figure, ((axes,),) = new_figure(6.5, height)
-    heatmap = axes.imshow(image, cmap="magma", vmin=0, vmax=np.quantile(image, 0.99))
-    figure.colorbar(heatmap, shrink=0.8)
-    axes.set_title(title, fontsize=9, parse_math=False)  # with the name of somebody's file
-    axes.set_axis_off()
-    save_figure(f"{path}.png", figure)

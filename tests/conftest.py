@@ -62,8 +62,7 @@ def lowest(monkeypatch):
 
 @pytest.fixture
 def bare(monkeypatch):
-    """Leave out what takes long: figures, maps, and the samplers' part of an observation."""
-    monkeypatch.setattr(utils, "save_map", lambda path, variance, title: None)
+    """Leave out what takes long: figures, and the samplers' part of an observation."""
     monkeypatch.setattr(denoise, "save_figure", lambda recorded: ())
     monkeypatch.setattr(denoise, "posterior_mean", one_step)
     monkeypatch.setattr(sde, "fill", lambda y, A, sigma, like: like)

@@ -1,9 +1,9 @@
 """Files in and out: what an image holds comes back, and files that cannot be read are named."""
 
 import faulthandler
+import io
 import os
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,15 +114,12 @@ KINDS = {
     "PNG with a palette": (lambda folder: PALETTE.save(folder / "a.png"), COLOURS, ".png"),
     "grey PNG of 16 bits": (pillow(".png", G16), G16, ".png"),
     "RGBA PNG of 16 bits": (openimageio(".png", RGBA16, "uint16"), RGBA16, ".png"),
-    "BMP": (pillow(".bmp", RGB8), RGB8, ".png"),
     "PGM of 16 bits": (openimageio(".pgm", G16, "uint16"), G16, ".png"),
     "WebP with alpha": (pillow(".webp", RGBA8, lossless=True, exact=True), RGBA8, ".png"),
     "JPEG 2000 of 16 bits": (pillow(".jp2", G16, irreversible=False), G16, ".png"),
     "half EXR": (openimageio(".exr", HALF, "half"), HALF.astype("f4"), ".tif"),
-    "float EXR": (openimageio(".exr", FLOAT, "float"), FLOAT, ".tif"),
     "TIFF, white is zero": (tiff(255 - G8[..., 0], **NEGATIVE), G8, ".tif"),
     "TIFF of 16 bits, white is zero": (tiff(65535 - G16[..., 0], **NEGATIVE), G16, ".tif"),
-    "RGB TIFF, packed": (pillow(".tif", RGB8, compression="tiff_lzw"), RGB8, ".tif"),
     "big-endian TIFF": (tiff(RGB16, byteorder=">", **RGB), RGB16, ".tif"),
     "RGB TIFF in planes": (tiff(RGB16.transpose(2, 0, 1), **PLANES), RGB16, ".tif"),
     "TIFF of signed values": (tiff(values("i2")[..., 0] - 99), values("i2")[..., :1] - 99, ".tif"),
@@ -172,18 +169,13 @@ def test_a_png_is_compressed(tmp_path):
     assert (tmp_path / "b.png").stat().st_size < 200 * 200 * 3 / 50
 
 
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
-def test_of_an_animation_the_first_frame_is_read(suffix, tmp_path):
-    options = {"save_all": True} | ({"lossless": True} if suffix == ".webp" else {})
-    first, second = PALETTE.convert("RGB"), Image.fromarray(RGB8[::-1])
-    if suffix == ".gif":
-        first, second = PALETTE, second.quantize(64)
-    first.save(tmp_path / f"a{suffix}", append_images=[second], **options)
+def test_of_an_animation_the_first_frame_is_read_and_the_others_are_counted(tmp_path):
+    others = [Image.fromarray(RGB8[::-1]).quantize(64), Image.fromarray(RGB8 // 2).quantize(64)]
+    PALETTE.save(tmp_path / "a.gif", save_all=True, append_images=others)
     told = []
     image = read(tmp_path, notify=told.append)
-    assert np.array_equal(image.values[..., :3], COLOURS[None])
-    if suffix == ".gif":  # OpenImageIO counts the frames of no other
-        assert len(told) == 1 and "a.gif': 1 further frames are left out" in told[0]
+    assert np.array_equal(image.values[..., :3], COLOURS[None]) and image.suffix == ".png"
+    assert len(told) == 1 and "a.gif': 2 further frames are left out" in told[0]
 
 
 def test_pages_unlike_the_first_are_left_out_and_counted(tmp_path):
@@ -213,6 +205,7 @@ def test_inks_are_read_as_the_colours_that_they_print(tmp_path):
 def test_an_image_comes_out_upright_with_its_profile_and_exif(suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"  # to be turned by 90 degrees
+    exif[0x010E] = exif[0x013B] = b"Andr\xe9"  # description and artist, in Latin-1
     options = {} if suffix in (".png", ".tif") else {"quality": 95}
     pillow(suffix, RGB8, exif=exif, icc_profile=PROFILE, **options)(tmp_path)
     image = read(tmp_path)
@@ -256,17 +249,11 @@ def test_black_and_white_give_the_files_values_of_0_and_1(tmp_path, run, bare):
 # -----------------------------------------------------------------------------
 
 
-def whole(suffix, folder):
+def encoded(form):
     """Return the bytes of an image in that format."""
-    path = folder / f"whole{suffix}"
-    np.save(path, RGB8) if suffix == ".npy" else Image.fromarray(RGB8).save(path)
-    content = path.read_bytes()
-    path.unlink()
-    return content
-
-
-def cut(suffix):
-    return lambda folder: raw(suffix, whole(suffix, folder)[:-200])(folder)
+    file = io.BytesIO()
+    np.save(file, RGB8) if form == "npy" else Image.fromarray(RGB8).save(file, form)
+    return file.getvalue()
 
 
 def fifo(folder):
@@ -286,8 +273,8 @@ UNKNOWN = {"photometric": "minisblack", "planarconfig": "contig"}
 BROKEN = {  # kind: (how it is written, words of the message)
     "AVIF": (raw(".png", b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miaf" + bytes(99)), ""),
     "nothing": (raw(".tif", b""), ""),
-    "a cut PNG": (cut(".png"), ""),
-    "a cut JPEG": (cut(".jpg"), ""),
+    "a cut PNG": (raw(".png", encoded("png")[:-200]), ""),
+    "a cut JPEG": (raw(".jpg", encoded("jpeg")[:-200]), ""),
     "a cut TIFF": (raw(".tif", bare_tiff(0)[:60]), ""),
     "a cut array": (raw(".npy", b"\x93NUMPY\x01\0"), ""),
     "a pipe": (fifo, "not a regular file"),
@@ -399,20 +386,12 @@ def test_an_input_in_the_output_folder_is_refused(words, tmp_path, run):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
-@pytest.mark.parametrize("name", ["a$5_2_3$ é", "%s {0}\\n"])
-def test_no_name_is_too_odd(name, tmp_path, run):
+def test_no_name_is_too_odd(tmp_path, run):
+    name = "a$5_2_3$ é %s {0}"
     put(tmp_path, f"{name}.png")
     out, err = run([f"{name}.png", "--sigma", "0.1", "--steps", "2"])
     assert (tmp_path / "output" / f"{name}_sde.png").exists() and not err
-    assert f"{name}_sde.png" in out
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode elsewhere")
-def test_a_name_that_is_no_text_is_refused(tmp_path, run):
-    name = os.fsdecode(b"caf\xe9")
-    put(tmp_path, f"{name}.png")
-    _, err = run([f"{name}.png", "--sigma", "0.1"], code=2)
-    assert "cannot be read" in err and len(err.splitlines()) == 1
+    assert name in out
 
 
 # -----------------------------------------------------------------------------
@@ -431,9 +410,8 @@ fuzz = settings(
 @fuzz
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_named(data, tmp_path):
-    suffixes = [".png", ".jpg", ".tif", ".bmp", ".gif", ".webp", ".npy"]
-    path = tmp_path / f"a{data.draw(st.sampled_from(suffixes))}"
-    content = bytearray(whole(path.suffix, tmp_path))
+    form = data.draw(st.sampled_from(["png", "jpeg", "tiff", "bmp", "gif", "webp", "npy"]))
+    path, content = tmp_path / f"a.{form}", bytearray(encoded(form))
     place = data.draw(st.integers(0, len(content) - 1))
     kind = data.draw(st.sampled_from(["cut", "turn", "zero", "more"]))
     if kind == "cut":
