@@ -42,10 +42,8 @@ def set_options(constants, arguments=None, positional=None):
     """
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*) = .*?  # (.*)$", source, re.MULTILINE))
-    lines = argparse.RawDescriptionHelpFormatter  # keeps those of the docstring
-    parser = argparse.ArgumentParser(
-        description=constants["__doc__"], formatter_class=lines, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=constants["__doc__"], allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
     parser.error = functools.partial(_fail, parser.prog)  # without the usage of 20 options
     for name, value in options(constants).items():
         words = f"{comments.get(name.upper(), '')} [{value}]".replace("%", "%%")
@@ -179,26 +177,28 @@ def read_images(sources, black=None, white=None, notify=print, failures=None, ou
     Raises FileNotFoundError for a source that is not there, and ValueError if nothing can be read
     or a file that is named lies in the output folder.
     """
-    failures, taken = [] if failures is None else failures, set()
+    unread, taken = [], set()
     sources = [sources] if isinstance(sources, (str, Path)) else sources
     files = _find_files(sources, notify, output and Path(output).resolve(), skip)
     for path, name in files:
         try:
-            images = _builtin(path) if path in BUILTIN else [_read(path, black, white, notify)]
+            own = path not in BUILTIN
+            images = [_read(path, name, black, white, notify)] if own else _builtin(path)
             for image in images:
-                stem, number = image.name or name, 2
-                image.name = stem
+                name, number = image.name, 2
                 while image.name.casefold() in taken:
-                    image.name, number = f"{stem}_{number}", number + 1
+                    image.name, number = f"{name}_{number}", number + 1
                 taken.add(image.name.casefold())
                 yield image
         except ValueError as error:
             if len(files) == 1:
                 raise
-            failures.append(path)
+            unread.append(path)
+            if failures is not None:
+                failures.append(path)
             notify(str(error))
-    if failures:
-        notify(f"{len(failures)} of {len(files)} files cannot be read and are left out")
+    if unread:
+        notify(f"{len(unread)} of {len(files)} files cannot be read and are left out")
     if not taken:
         raise ValueError(f"no image can be read in {' '.join(map(str, sources))}")
 
@@ -246,7 +246,7 @@ def _builtin(source):
         yield Image(_pixels(x[None], 0, 255), name, builtin=True, values=x[None])
 
 
-def _read(path, black, white, notify):
+def _read(path, name, black, white, notify):
     """Return the Image of a file; raises ValueError that names it and says what is wrong."""
     suffix = path.suffix.lower()
     try:
@@ -274,7 +274,7 @@ def _read(path, black, white, notify):
     if suffix != ".npy":
         is_tiff = values.dtype.kind == "f" or suffix in (".tif", ".tiff")
         suffix = ".tif" if is_tiff else ".png"
-    return Image(pixels, "", False, values, black, white, suffix, spec)
+    return Image(pixels, name, False, values, black, white, suffix, spec)
 
 
 def _read_oiio(path, notify):
