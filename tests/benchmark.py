@@ -8,19 +8,19 @@ python tests/benchmark.py --table grey          # grey images, beside classical 
 python tests/benchmark.py --table expected      # PSNR expected without the truth
 python tests/benchmark.py --table observations  # incomplete images, beside other methods
 python tests/benchmark.py --table photographs   # both networks, in colour and grey
-python tests/benchmark.py --table speed         # of one network call, and of finding a level
+python tests/benchmark.py --table speed         # of one step and of a sample
 python tests/benchmark.py --help                # every constant below is an option
 """
 
 import math
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
-from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,16 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import photographs
 
 import denoise
-import observations
 import sde
 import utils
 from model import load_model
+from observations import OBSERVATIONS, TYPICAL, compare, in_batches, mean_and_error, samples
 
 # -----------------------------------------------------------------------------
 TABLE = "results"  # one of those above
-INPUT = (
-    "auto"  # "cifar10" (test images), "photographs" (scikit-image's), a path; "auto": one of these
-)
+INPUT = "auto"  # "cifar10" (test images), "photographs" (scikit-image's), a path; "auto": of TABLE
 COUNT = 1000  # so many images of INPUT
 CROP = 128  # side in pixels of the middle of each image, in all tables but noise and photographs
 TRAIN = "cifar10"  # images whose mean and covariance make the Wiener filter, or their path
@@ -49,35 +47,16 @@ STEPS = 20  # network calls of the reverse SDE and of the probability-flow ODE
 STEP_SIZES = (1e-4, 5e-4, 2e-3)  # of the Langevin runs in the figure; the first is the recipe's
 STUDY_COUNT = 50  # images of the figure of Langevin runs
 LEVELS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0)  # of the table levels
-NOISE_LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of the table noise
 SIGMA_Y = 0.02  # noise level of the observations
-OBSERVED_STEPS = 30  # network calls of a sample from an observation
-OBSERVED_DRAWS = 8  # samples of each observation; 0: only the methods that give one image
-MEGAPIXELS = (0.15, 1.0)  # sizes of the photographs in the table speed
-SECONDS = 5.0  # for which a call is repeated, at least, where its time is measured
+OBSERVED_DRAWS = 100  # images of each observation for which samples are drawn, 248 calls; 0: none
+MEGAPIXELS = (0.15, 1.0)  # sizes of the images in the table speed
 FIGURES = "figures"  # folder of the figures
 SEED = 0  # of the noise (numpy's default_rng) and, plus the image's number, of the samples
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
-BATCH = 200  # images that go through a network together
 # -----------------------------------------------------------------------------
 
 BLUE, ORANGE, GREEN, RED, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-
-
-def read_crops(source, count, size):
-    """Return the middle of images, (B, 3, H, W); raises ValueError if their sizes differ."""
-    crops = [utils.crop(x0, size) for x0 in photographs.read(source, count)]
-    shapes = {tuple(crop.shape[1:]) for crop in crops}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"the images of '{source}' differ in size: {shapes}; give a smaller --crop"
-        )
-    return torch.stack(crops)
-
-
-def crops(count=None):
-    return read_crops(INPUT, count or COUNT, CROP)
 
 
 def read_model(path, device, precision, sigmas=()):
@@ -91,28 +70,20 @@ def read_model(path, device, precision, sigmas=()):
     return model
 
 
-def noisy(x0, sigma):
-    return denoise.add_noise(x0, sigma, np.random.default_rng(SEED))
+def read_images(source, count, size):
+    """Return the middle of images, (B, 3, H, W); raises ValueError if their sizes differ."""
+    images = photographs.read(source, count, size)
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"the images of '{source}' differ in size: give a smaller --crop")
+    return torch.stack(images)
 
 
-def in_batches(function, y, device):
-    """Return function(part, noise) of all parts of y, on the CPU; a seed for each image."""
-    results = []
-    for first in range(0, len(y), BATCH):
-        part = y[first : first + BATCH].to(device)
-        seeds = range(SEED + first, SEED + first + len(part))
-        results.append(function(part, utils.seeded_noise(seeds, device)).cpu())
-    return torch.cat(results)
+def noisy(x0, sigma, seed, device="cpu"):
+    return denoise.add_noise(x0, sigma, np.random.default_rng(seed)).to(device)
 
 
-def watched(denoiser, note):
-    """Return the denoiser, which first calls note(x) with its input."""
-
-    def asked(x, sigma):
-        note(x)
-        return denoiser(x, sigma)
-
-    return asked
+def mean_psnr(images, x0):
+    return utils.psnr(images.cpu(), x0.cpu()).mean().item()
 
 
 def new_axes(title, xlabel, ylabel):
@@ -128,36 +99,26 @@ def new_axes(title, xlabel, ylabel):
 # -----------------------------------------------------------------------------
 
 
-def one_by_one(function, **options):
-    """Return (y, noise) -> images (B, 3, H, W) from a function of one array (H, W, 3)."""
-
-    def denoiser(y, noise):
-        arrays = y.permute(0, 2, 3, 1).double().cpu().numpy()
-        images = [function(array, channel_axis=-1, **options) for array in arrays]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-    return denoiser
-
-
-def recipe_of(network, steps):
-    return lambda y, noise: sde.langevin(network, y, SIGMA, steps, STEP_SIZES[0], noise=noise)
-
-
 def results_table(device):
-    """Print a row for each denoiser at SIGMA; scikit-image's have their best strengths."""
+    """Print a row for each denoiser at SIGMA; the classical ones have their best strengths."""
     recipe = read_model(RECIPE, device, PRECISION, (SIGMA,))
     model = read_model(CHECKPOINT, device, PRECISION, (SIGMA,))
-    x0 = crops()
-    y = noisy(x0, SIGMA)
+    x0 = read_images(INPUT, COUNT, CROP)
+    y = noisy(x0, SIGMA, SEED, device)
     levels = sde.noise_levels(SIGMA, model.sigma_min, STEPS)
-    patches = {"patch_size": 5, "patch_distance": 5, "fast_mode": False}
-    nl_means = one_by_one(denoise_nl_means, h=0.9 * SIGMA, sigma=SIGMA, **patches)
+
+    def classical(method, strength):
+        return lambda y, noise: photographs.each(method, y, SIGMA, strength)
+
+    def langevin(steps):
+        return lambda y, noise: sde.langevin(recipe, y, SIGMA, steps, STEP_SIZES[0], noise=noise)
+
     denoisers = [
         ("noisy", 0, lambda y, noise: y),
-        ("total variation", 0, one_by_one(denoise_tv_chambolle, weight=0.7 * SIGMA)),
-        ("non-local means", 0, nl_means),
-        ("recipe: three layers, Langevin, 100 steps", 100, recipe_of(recipe, 100)),
-        ("recipe: three layers, Langevin, 200 steps", 200, recipe_of(recipe, 200)),
+        ("total variation", 0, classical(photographs.total_variation, 0.7)),
+        ("non-local means", 0, classical(photographs.non_local_means, 0.9)),
+        ("recipe: three layers, Langevin, 100 steps", 100, langevin(100)),
+        ("recipe: three layers, Langevin, 200 steps", 200, langevin(200)),
         ("three layers, one step", 1, lambda y, noise: recipe(y, SIGMA)),
         ("U-Net, reverse SDE, one sample", STEPS, lambda y, z: sde.adams(model, y, levels, 1.0, z)),
         ("U-Net, probability-flow ODE", STEPS, lambda y, z: sde.adams(model, y, levels, 0.0)),
@@ -165,52 +126,40 @@ def results_table(device):
     ]
     rows = []
     for label, calls, denoiser in tqdm(denoisers, leave=False, disable=None):
-        images = in_batches(denoiser, y, device)
-        psnr = utils.psnr(images, x0)
-        row = {"denoiser": label, "PSNR dB": psnr.mean().item(), "±": standard_error(psnr)}
+        images = in_batches(denoiser, y, SEED)
+        mean, error = mean_and_error(utils.psnr(images, x0))
+        row = {"denoiser": label, "PSNR dB": mean, "±": error}
         rows.append(row | {"SSIM": utils.ssim(images, x0).mean(), "network calls": calls})
     print(utils.table(rows))
-    few = [images[:STUDY_COUNT].to(device) for images in (y, x0)]
-    plot_langevin(Path(FIGURES, "langevin.png"), recipe, model, *few)
-
-
-def standard_error(values):
-    return values.std().item() / math.sqrt(len(values))
+    path = Path(FIGURES, "langevin.png")
+    plot_langevin(path, recipe, model, y[:STUDY_COUNT], x0[:STUDY_COUNT].to(device))
 
 
 def plot_langevin(path, recipe, model, y, x0, end=0.04):
     """Plot PSNR against step size times updates, where runs of all step sizes fall on one curve."""
-    title = (
-        f"Plain Langevin denoises, then forgets the image ($\\sigma$ = {SIGMA:g}, {len(y)} images)"
-    )
+    title = f"Plain Langevin denoises, then forgets ($\\sigma$ = {SIGMA:g}, {len(y)} images)"
     figure, axes = new_axes(title, "step size × updates", "PSNR, dB")
-    runs = []
-    for k, size in enumerate(STEP_SIZES):
-        style = {"color": (BLUE, ORANGE, "black")[k % 3], "linestyle": ("-", "--", ":")[k % 3]}
-        style["linewidth"] = (4, 2.5, 1.5)[k % 3]
-        runs.append((f"step size {size:g}", recipe, size, None, style))
-    first = f"step size {STEP_SIZES[0]:g}"
-    runs.append((f"{first}, no noise added", recipe, STEP_SIZES[0], 0.0, {"color": PINK}))
-    style = {"color": GREEN, "linestyle": "-."}
-    runs.append((f"{first}, U-Net", model, STEP_SIZES[0], None, style))
-    for label, network, size, temperature, style in tqdm(runs, leave=False, disable=None):
-        states = []
-        denoiser = watched(network, lambda x, states=states: states.append(mean_psnr(x, x0)))
+    runs = [(f"step size {size:g}", recipe, size, None) for size in STEP_SIZES]
+    runs.append((f"step size {STEP_SIZES[0]:g}, no noise added", recipe, STEP_SIZES[0], 0.0))
+    runs.append((f"step size {STEP_SIZES[0]:g}, U-Net", model, STEP_SIZES[0], None))
+    styles = cycle([(BLUE, "-", 4), (ORANGE, "--", 2.5), ("black", ":", 1.5)])
+    styles = [next(styles) for _ in STEP_SIZES] + [(PINK, "-", 1.5), (GREEN, "-.", 1.5)]
+    for run, (color, line, width) in zip(tqdm(runs, leave=False, disable=None), styles):
+        label, network, size, temperature = run
+        x, psnrs = y, []
         noise = utils.seeded_noise(range(SEED, SEED + len(y)), y.device)
-        sde.langevin(denoiser, y, SIGMA, max(2, round(end / size)), size, temperature, noise)
-        best = f"best {max(states):.2f} dB, after {np.argmax(states)} updates"
-        axes.plot(size * np.arange(len(states)), states, label=f"{label}: {best}", **style)
+        for _ in range(round(end / size)):
+            psnrs.append(mean_psnr(x, x0))
+            x = sde.langevin(network, x, SIGMA, 1, size, temperature, noise)
+        label = f"{label}: best {max(psnrs):.2f} dB, after {np.argmax(psnrs)} updates"
+        updates = size * np.arange(len(psnrs))
+        axes.plot(updates, psnrs, line, color=color, linewidth=width, label=label)
     for label, network in (("three layers in one step", recipe), ("U-Net in one step", model)):
         value = mean_psnr(network(y, SIGMA), x0)
         axes.axhline(value, color="grey", linewidth=1)
-        place = {"xytext": (0, -11), "textcoords": "offset points", "ha": "right", "fontsize": 8}
-        axes.annotate(f"{label}: {value:.2f} dB", (end, value), **place)
+        axes.text(end, value - 0.05, f"{label}: {value:.2f} dB", ha="right", va="top", fontsize=8)
     axes.legend(fontsize=8, loc="lower center")
     utils.save_figure(path, figure)
-
-
-def mean_psnr(images, x0):
-    return utils.psnr(images, x0).mean().item()
 
 
 # -----------------------------------------------------------------------------
@@ -262,26 +211,24 @@ def bits_per_dimension(levels, errors, x0):
 
 def levels_table(device):
     """Print a row for each noise level, and bits per dimension, which follow from the errors."""
-    model = read_model(CHECKPOINT, device, PRECISION, LEVELS)
-    exact = load_model(CHECKPOINT, device)
+    model = read_model(CHECKPOINT, device, "float32", LEVELS)
     train = torch.from_numpy(np.stack(utils.training_images(TRAIN)))
     wiener = wiener_filter(train.permute(0, 3, 1, 2) / 255)
-    x0, rows, errors = crops(), [], []
+    x0, rows, errors = read_images(INPUT, COUNT, CROP), [], []
     for sigma in tqdm(LEVELS, leave=False, disable=None):
-        y = noisy(x0, sigma)
-        one_step = in_batches(lambda y, noise, s=sigma: model(y, s), y, device)
-        float32 = in_batches(lambda y, noise, s=sigma: exact(y, s), y, device)
-        errors.append((float32 - x0).double())
-        psnr = mean_psnr(one_step, x0)
+        y = noisy(x0, sigma, SEED)
+        one_step = in_batches(lambda y, noise, s=sigma: model(y, s), y.to(device), SEED)
+        errors.append((one_step - x0).double())
         row = {"sigma": f"{sigma:g}", "noisy, PSNR dB": mean_psnr(y, x0)}
-        row |= {"Wiener filter, PSNR dB": mean_psnr(wiener(y, sigma), x0)}
-        row |= {"one step, PSNR dB": psnr, "SSIM": utils.ssim(one_step, x0).mean()}
-        rows.append(row | {"float32, gain": mean_psnr(float32, x0) - psnr})
+        row["Wiener filter, PSNR dB"] = mean_psnr(wiener(y, sigma), x0)
+        row["one step, PSNR dB"] = mean_psnr(one_step, x0)
+        rows.append(row | {"SSIM": utils.ssim(one_step, x0).mean()})
     print(utils.table(rows))
     bits = bits_per_dimension(torch.tensor(LEVELS).double(), torch.stack(errors), x0.double())
     parts = " + ".join(f"{part:.3f}" for part in bits.mean(1))
-    total = f"{bits.sum(0).mean():.3f} ± {standard_error(bits.sum(0)):.3f}"
-    print(f"\nbits per dimension, at most: {total} (curve of errors + rounding + start: {parts})")
+    mean, error = mean_and_error(bits.sum(0))
+    print(f"\nbits per dimension, at most: {mean:.3f} ± {error:.3f}", end=" ")
+    print(f"(curve of errors + rounding + start: {parts})")
     plot_levels(Path(FIGURES, "levels.png"), rows, len(x0))
 
 
@@ -291,9 +238,8 @@ def plot_levels(path, rows, count):
     figure, axes = new_axes(title, *labels)
     sigmas = [float(row["sigma"]) for row in rows]
     gains = [row["one step, PSNR dB"] - row["Wiener filter, PSNR dB"] for row in rows]
-    axes.plot(sigmas, gains, marker="o", color=BLUE)
+    axes.semilogx(sigmas, gains, marker="o", color=BLUE)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set_xscale("log")
     axes.set_xticks(sigmas, [row["sigma"] for row in rows])
     axes.minorticks_off()
     utils.save_figure(path, figure)
@@ -304,23 +250,24 @@ def plot_levels(path, rows, count):
 # -----------------------------------------------------------------------------
 
 
-def expected_errors(model, y, x0, sigma, device, probes=8):
+def expected_errors(model, y, x0, sigma, probes=8):
     """Return the PSNR expected without the truth and the true one, unclipped: (2, B)."""
 
     def both(pair, noise):
         denoised, variance = sde.expected_error(model, pair[:, 0], sigma, probes, noise)
-        errors = variance, (denoised - pair[:, 1]) ** 2
-        return torch.stack([-10 * error.mean((1, 2, 3)).log10() for error in errors], 1)
+        errors = torch.stack([variance, (denoised - pair[:, 1]) ** 2], 1)
+        return -10 * errors.mean((2, 3, 4)).log10()
 
-    return in_batches(both, torch.stack([y, x0], 1), device).T
+    return in_batches(both, torch.stack([y, x0], 1), SEED).T
 
 
 def expected_table(device):
     """Print a row for each noise level: the expected PSNR less the true one; plot both."""
-    model, x0, rows = read_model(CHECKPOINT, device, PRECISION), crops(), []
+    model, rows = read_model(CHECKPOINT, device, PRECISION), []
+    x0 = read_images(INPUT, COUNT, CROP).to(device)
     figure, (panels,) = utils.new_figure(9, 3.4, 1, 3)
     for axes, sigma in zip(panels, (0.05, 0.1, 0.3)):
-        found, true = expected_errors(model, noisy(x0, sigma), x0, sigma, device)
+        found, true = expected_errors(model, noisy(x0.cpu(), sigma, SEED, device), x0, sigma)
         off = found - true
         row = {"sigma": f"{sigma:g}", "true PSNR dB": true.mean().item()}
         row |= {"expected less true": off.mean().item(), "its deviation": off.std().item()}
@@ -334,57 +281,48 @@ def expected_table(device):
         axes.grid(alpha=0.3)
     print(utils.table(rows))
     utils.save_figure(Path(FIGURES, "expected.png"), figure)
-    plot_uncertainty(Path(FIGURES, "uncertainty.png"), model, x0[:4], device)
-    plot_components(Path(FIGURES, "components.png"), model, x0[:1], device)
+    plot_uncertainty(Path(FIGURES, "uncertainty.png"), model, x0[:4])
+    plot_components(Path(FIGURES, "components.png"), model, x0[:1])
 
 
-def plot_uncertainty(path, model, x0, device, samples=64, probes=256):
+def plot_uncertainty(path, model, x0, count=64, probes=256):
     """Show where images are uncertain: by the Jacobian, by the spread of samples, and the error."""
-    y = noisy(x0, SIGMA).to(device)
-    noise = utils.seeded_noise(range(len(x0)), device)
+    y = noisy(x0.cpu(), SIGMA, SEED, x0.device)
+    noise = utils.seeded_noise(range(SEED, SEED + len(x0)), x0.device)
     denoised, variance = sde.expected_error(model, y, SIGMA, probes, noise)
     levels = sde.noise_levels(SIGMA, model.sigma_min, STEPS)
-    noise = utils.seeded_noise(range(len(x0) * samples), device)
-    drawn = sde.adams(model, y.repeat(samples, 1, 1, 1), levels, noise=noise)
-    spread = drawn.unflatten(0, (samples, len(x0))).var(0)
-    squares = variance.clamp(min=0), spread, (denoised - x0.to(device)) ** 2
-    maps = [square.mean(1).sqrt().cpu() for square in squares]
-    names = "noisy", "one step", "deviation, Jacobian", f"of {samples} samples", "error of one step"
+    drawn = samples(lambda y, z: sde.adams(model, y, levels, noise=z), y, SEED, count)
+    squares = variance.clamp(min=0).cpu(), drawn.var(0), ((denoised - x0) ** 2).cpu()
+    maps = [square.mean(1).sqrt() for square in squares]
+    means = " and ".join(f"{deviation.mean():.4f}" for deviation in maps[:2])
+    correlation = torch.corrcoef(torch.stack(maps[:2]).flatten(1))[0, 1]
+    print(f"\nthe two maps of deviation: correlation {correlation:.3f}, means {means}")
+    names = "noisy", "one step", "deviation, Jacobian", f"of {count} samples", "error of one step"
     figure, axes = utils.new_figure(8.4, 1.5 * len(x0) + 0.2, len(x0), len(names))
-    top = maps[0].quantile(0.995).item()
     for k, line in enumerate(axes):
-        for panel, image in zip(line, (y[k], denoised[k])):
-            panel.imshow(utils.to_array(image), interpolation="nearest")
-        for panel, image in zip(line[2:], maps):
-            heatmap = panel.imshow(
-                image[k], cmap="magma", vmin=0, vmax=top, interpolation="nearest"
-            )
-        for panel in line:
+        shown = [utils.to_array(y[k]), utils.to_array(denoised[k]), *(image[k] for image in maps)]
+        for panel, image, name in zip(line, shown, names):
+            top = maps[0].quantile(0.995).item()
+            heatmap = panel.imshow(image, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
             panel.set_axis_off()
-    for panel, name in zip(axes[0], names):
-        panel.set_title(name, fontsize=9)
+            panel.set_title("" if k else name, fontsize=9)
     figure.colorbar(heatmap, ax=axes, shrink=0.6, extend="max")
-    correlation = torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flatten()]))[0, 1]
-    means = f"means {maps[0].mean():.4f} and {maps[1].mean():.4f}"
-    print(f"\nthe two maps of deviation: correlation {correlation:.3f}, {means}")
     utils.save_figure(path, figure)
 
 
-def plot_components(path, model, x0, device, sigma=0.6, count=3):
+def plot_components(path, model, x0, sigma=0.6, count=3):
     """Show the main directions of uncertainty, from -2 to 2 standard deviations, one a row.
 
     At the level sigma much of an image is uncertain.
     """
-    y = noisy(x0, sigma).to(device)
-    noise = utils.seeded_noise([SEED], device)
+    y = noisy(x0.cpu(), sigma, SEED, x0.device)
+    noise = utils.seeded_noise([SEED], x0.device)
     variances, directions = sde.principal_components(model, y, sigma, count, noise=noise)
     middle, rows = model(y, sigma)[0], []
     for k, direction in enumerate(directions[0]):
         deviation = variances[0, k].clamp(min=0).sqrt()
-        note, row = f"direction {k + 1}", []
-        for t in (-2, -1, 0, 1, 2):
-            title = f"{t:+d} sd" if t else "one step"
-            row.append((title, middle + t * deviation * direction, "" if t else note))
+        row = [(f"{t:+d} sd", middle + t * deviation * direction, "") for t in (-2, -1, 0, 1, 2)]
+        row[2] = ("one step", middle, f"direction {k + 1}")
         rows.append([*row, ("direction", 0.5 + direction / direction.abs().max() / 2, "")])
     utils.plot_images(path, rows, detail=0)
 
@@ -394,67 +332,66 @@ def plot_components(path, model, x0, device, sigma=0.6, count=3):
 # -----------------------------------------------------------------------------
 
 
+def print_rows(function, model, images, sigmas, device):
+    print(utils.table(photographs.rows(function, model, images, sigmas, SEED, device)))
+
+
 def noise_table(device):
-    model, images = read_model(CHECKPOINT, device, PRECISION), read_whole()
-    print(utils.table(photographs.level_rows(model, images, NOISE_LEVELS, SEED, device)))
+    model, images = read_model(CHECKPOINT, device, PRECISION), photographs.read(INPUT, COUNT)
+    print_rows(photographs.level_rows, model, images, (0.01, 0.02, 0.1, 0.3), device)
 
 
 def files_table(device):
-    model = read_model(CHECKPOINT, device, PRECISION)
-    print(utils.table(photographs.codec_rows(model, crops(), (0.05, 0.1, 0.2), SEED, device)))
+    model, images = read_model(CHECKPOINT, device, PRECISION), photographs.read(INPUT, COUNT, CROP)
+    print_rows(photographs.file_rows, model, images, (0.05, 0.1, 0.2), device)
 
 
 def grey_table(device):
-    model = read_model(CHECKPOINT, device, PRECISION)
-    print(utils.table(photographs.grey_rows(model, crops(), (0.02, 0.05, 0.1, 0.2), SEED, device)))
+    model, images = read_model(CHECKPOINT, device, PRECISION), photographs.read(INPUT, COUNT, CROP)
+    images = [photographs.grey(x0) for x0 in images]
+    print_rows(photographs.classical_rows, model, images, (0.02, 0.05, 0.1, 0.2), device)
 
 
 def photographs_table(device):
-    paths = CHECKPOINT, SECOND
-    models = {Path(path).stem: read_model(path, device, PRECISION) for path in paths}
-    sigmas = {f"{n}/255": n / 255 for n in (15, 25, 50)} | {f"{s:g}": s for s in (0.05, 0.1, 0.2)}
-    print(utils.table(photographs.network_rows(models, read_whole(), sigmas, SEED, device)))
-
-
-def read_whole():
-    return photographs.read(INPUT, COUNT)
+    models = {Path(p).stem: read_model(p, device, PRECISION) for p in (CHECKPOINT, SECOND)}
+    colour = photographs.read(INPUT, COUNT)
+    grey = [photographs.grey(x0) for x0 in colour]
+    for kind, images in (("colour", colour), ("grey", grey)):
+        print(f"\n{len(images)} photographs, {kind}, at 15/255, 25/255, 50/255 and 0.1")
+        sigmas = (15 / 255, 25 / 255, 50 / 255, 0.1)
+        print_rows(photographs.network_rows, models, images, sigmas, device)
 
 
 def observations_table(device):
-    model, x0 = read_model(CHECKPOINT, device, PRECISION), crops().to(device)
-    rows, panels = observations.compare(
-        model, x0, SIGMA_Y, SEED, BATCH, OBSERVED_STEPS, OBSERVED_DRAWS
-    )
-    print(utils.table(rows))
-    options = {"count": OBSERVED_DRAWS, "names": observations.TYPICAL}
-    rows, _ = observations.compare(model, x0, 0.1, SEED, BATCH, OBSERVED_STEPS, **options)
-    print(f"\nwith noise of 0.1 instead of {SIGMA_Y:g}\n{utils.table(rows)}")
-    utils.plot_images(Path(FIGURES, "observations.png"), panels, True, detail=0)
+    model = read_model(CHECKPOINT, device, PRECISION)
+    x0 = read_images(INPUT, COUNT, CROP).to(device)
+    for sigma_y, names in ((SIGMA_Y, OBSERVATIONS), (0.1, TYPICAL)):
+        rows, panels = compare(model, x0, sigma_y, SEED, OBSERVED_DRAWS, names)
+        print(f"\nnoise of {sigma_y:g} in the observations\n{utils.table(rows)}", flush=True)
+        if names is OBSERVATIONS:
+            utils.plot_images(Path(FIGURES, "observations.png"), panels, truth=True, detail=0)
 
 
 def seconds_of(device, function, *arguments):
-    """Return the shortest time of a call, repeated for at least SECONDS after a first one."""
-    times = []
-    while len(times) < 2 or sum(times[1:]) < SECONDS:
-        start = time.perf_counter()
-        function(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    start = time.perf_counter()
+    function(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def speed_table(device):
-    """Print how long one network call takes, and how long it takes to find a noise level."""
-    model, rows = read_model(CHECKPOINT, device, PRECISION), []
+    """Print how long one step and a sample take."""
+    model = read_model(CHECKPOINT, device, PRECISION)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    shapes = {f"{BATCH} of 32 x 32": (BATCH, 3, 32, 32)}
-    shapes |= {f"1 of {size:g} megapixels": (1, 3, 1000, round(1000 * size)) for size in MEGAPIXELS}
-    for label, shape in shapes.items():
-        y = noisy(torch.full(shape, 0.5), SIGMA).to(device)
-        call = seconds_of(device, photographs.in_one_step, model, y, SIGMA)
-        level = seconds_of(device, photographs.level_found, model, y) if len(y) == 1 else ""
-        rows.append({"images": label, "one step, seconds": call, "noise level, seconds": level})
+    levels = sde.noise_levels(SIGMA, model.sigma_min, STEPS)
+    rows = [{"of one image": "one step"}, {"of one image": f"a sample, {STEPS} calls"}]
+    for size in MEGAPIXELS:
+        y = noisy(torch.full((1, 3, 1000, round(1000 * size)), 0.5), SIGMA, SEED, device)
+        photographs.in_one_step(model, y, SIGMA)  # a first call takes longer
+        seconds = f"seconds at {size:g} megapixels"
+        rows[0][seconds] = seconds_of(device, photographs.in_one_step, model, y, SIGMA)
+        rows[1][seconds] = seconds_of(device, sde.adams, utils.tiled(model), y, levels)
     print(utils.table(rows))
 
 

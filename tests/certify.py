@@ -4,12 +4,12 @@
     python tests/certify.py --input FOLDER --checkpoint checkpoints/score_photographs.pt
     python tests/certify.py --help              # every constant below is an option
 
-The squared error of a sample from p(x0 | y) is twice that of the one-step estimate. The mean of n
-samples has 1 + 1/n times its error. The truth lies in a 50 % interval of the samples half of the
-time, and y less the sample is white noise of standard deviation sigma. A sampler ends with one step
-from the lowest level s, which takes MMSE(s) away: the row "exact" says what is then true,
-2 - MMSE(s) / MMSE(sigma). That step narrows the intervals, so those of the state before it are
-shown, too. A Gaussian random field has an exact denoiser: a deviation there comes from the sampler.
+The squared error of a sample from p(x0 | y) is twice that of the one-step estimate, and the truth
+lies in a 50 % interval of samples half of the time. A sampler ends with one step from the lowest
+level s, which takes MMSE(s) away: the row "exact" says what is then true, 2 - MMSE(s) / MMSE of y.
+That step narrows the intervals, so those of the state before it are shown, too. A Gaussian random
+field has an exact denoiser: a deviation there comes from the sampler. Samples from an observation
+must scatter as far as their mean is off.
 """
 
 import math
@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import benchmark  # first: it also puts the project on the path
-import numpy as np
 import torch
-from benchmark import BLUE, GREEN, PINK, RED, watched
+import torch.nn.functional as F
+from benchmark import BLUE, GREEN, PINK, RED
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import denoise
 import observations
 import sde
 import utils
@@ -34,19 +33,16 @@ INPUT = "cifar10"  # "cifar10" (its test images), or the path of others
 COUNT = 50  # images by which samplers are certified; 0: none
 CROP = 32  # side in pixels of the middle of each image
 SIGMAS = (0.05, 0.1, 0.3)  # noise levels, pixels in [0, 1]; the figure is made at the middle one
-SAMPLES = 19  # of each image, by samplers of at most FEW_CALLS; 19 make 50 and 90 % exact
-FEW_CALLS = 20  # network calls of a sampler that are few
+SAMPLES = 19  # of each image, by samplers of at most 20 calls; 19 make 50 and 90 % exact
 FEW_SAMPLES = 5  # of each image, by the other samplers
 OBSERVED = 50  # images of which observations are certified; 0: none
 SIGMA_Y = 0.02  # noise level of these observations
-OBSERVED_STEPS = 30  # network calls of a sample from them
 NOTHING = 32  # samples from pure noise; 256 measure their colours to a few per cent; 0: none
 CHECKPOINT = "checkpoints/score_cifar10.pt"  # the network
 FIGURES = "figures"  # folder of the figures
 SEED = 0  # of the noise (numpy's default_rng) and, plus a number each, of the samples
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
-BATCH = 200  # images that go through a network together
 # -----------------------------------------------------------------------------
 
 
@@ -70,17 +66,6 @@ SAMPLERS = {  # label: sampler, noise levels, network calls
     "`annealed_langevin`, 100 (`annealed`)": (sde.annealed_langevin, 100, 100),
     "the double loop as published, 101": (double_loop, 21, 101),
 }
-
-
-def posterior_samples(sampler, y, count):
-    """Return `count` results of sampler(y, noise) for each image: (count, B, C, H, W)."""
-    found, together = [], max(1, BATCH // len(y))
-    for first in range(0, count, together):
-        n = min(together, count - first)
-        seeds = range(SEED + first * len(y), SEED + (first + n) * len(y))
-        drawn = sampler(y.repeat(n, 1, 1, 1), utils.seeded_noise(seeds, y.device))
-        found.append(drawn.unflatten(0, (n, len(y))).cpu())
-    return torch.cat(found)
 
 
 def unit_noise(x, seed):
@@ -132,28 +117,11 @@ def coverage(samples, x0, share):
     return ((x0 >= low) & (x0 <= high)).double().mean().item()
 
 
-def intervals(samples, x0):
+def intervals(samples, x0, label):
     """Return the columns of 50 and 90 % intervals, of 19 samples or as many as make them exact."""
     if (len(samples) + 1) % 20:
         return {}
-    return {f"in {share:.0%}": coverage(samples, x0, share) for share in (0.5, 0.9)}
-
-
-def statistics(samples, x0, y, one_step, sigma):
-    """Return what is known of posterior samples, as columns; (N, B, C, H, W), others (B, C, H, W).
-
-    "error": that of a sample over that of one_step, with its standard error over images. "of the
-    mean": the error of the mean of all N over 1 + 1/N times that of one_step, 1 for a posterior.
-    """
-    value, uncertainty = ratio(squared_error(samples, x0).mean(0), squared_error(one_step, x0))
-    due = squared_error(one_step, x0) * (1 + 1 / len(samples))
-    noise = y - samples
-    lag = (noise[..., 1:] * noise[..., :-1]).mean() / (noise**2).mean()
-    found = {"error": value, "±": uncertainty}
-    found["of the mean"] = ratio(squared_error(samples.mean(0), x0), due)[0]
-    found |= intervals(samples, x0)
-    found["(y - sample) / sigma"] = (noise**2).mean().sqrt().item() / sigma
-    return found | {"its lag 1": lag.item()}
+    return {f"{label} in {share:.0%}": coverage(samples, x0, share) for share in (0.5, 0.9)}
 
 
 def state_of(x0, y, sigma, s, seed):
@@ -165,26 +133,39 @@ def state_of(x0, y, sigma, s, seed):
     return x0 + r * (y - x0) + s * (1 - r) ** 0.5 * unit_noise(x0, seed)
 
 
+def samples_and_states(sampler, denoiser, y, levels, count):
+    """Return samples, and their states before the last step: (count, B, C, H, W) each."""
+    inputs = deque(maxlen=1)  # of the last call
+
+    def watched(x, s):
+        inputs.append(x)
+        return denoiser(x, s)
+
+    def run(y, noise):
+        images = sampler(watched, y, levels, noise=noise)
+        return torch.stack([images, inputs[0]], 1)
+
+    return observations.samples(run, y, SEED, count).unbind(2)
+
+
 def certify(denoiser, y, x0, sigma, lowest):
-    """Return a row for each sampler, and before them what must be."""
-    truth, observed, one_step = x0.cpu(), y.cpu(), denoiser(y, sigma).cpu()
-    last = denoiser(x0 + lowest * unit_noise(x0, SEED + 2), lowest).cpu()
-    left = squared_error(last, truth).mean() / squared_error(one_step, truth).mean()
-    rows = [{"sampler": "*exact*", "error": 2 - left.item(), "±": "", "of the mean": 1.0}]
+    """Return a row for each sampler, and before them what must be.
+
+    "error": that of a sample over that of one step, with its standard error over images.
+    """
+    truth, one_step = x0.cpu(), squared_error(denoiser(y, sigma), x0).cpu()
+    last = squared_error(denoiser(x0 + lowest * unit_noise(x0, SEED + 2), lowest), x0)
+    exact = 2 - last.mean().item() / one_step.mean().item()
+    rows = [{"sampler": "*exact*", "error": exact, "±": ""}]
+    state_of_truth = state_of(truth, y.cpu(), sigma, lowest, SEED + 3)
     for label, (sampler, steps, calls) in tqdm(SAMPLERS.items(), leave=False, disable=None):
-        states, last = [], deque(maxlen=1)  # the input of the last call is the state before it
-        asked, levels = watched(denoiser, last.append), sde.noise_levels(sigma, lowest, steps)
-
-        def run(y, noise, *, asked=asked, sampler=sampler, levels=levels, states=states, last=last):
-            images = sampler(asked, y, levels, noise=noise)
-            states.append(last[0].unflatten(0, (-1, len(truth))).cpu())
-            return images
-
-        samples = posterior_samples(run, y, SAMPLES if calls <= FEW_CALLS else FEW_SAMPLES)
-        rows.append({"sampler": label} | statistics(samples, truth, observed, one_step, sigma))
-        of_truth = state_of(truth, observed, sigma, lowest, SEED + 3)
-        if shares := intervals(torch.cat(states), of_truth):
-            rows.append({"sampler": "its *state* before the last step"} | shares)
+        levels = sde.noise_levels(sigma, lowest, steps)
+        count = SAMPLES if calls <= 20 else FEW_SAMPLES
+        samples, states = samples_and_states(sampler, denoiser, y, levels, count)
+        error, uncertainty = ratio(squared_error(samples, truth).mean(0), one_step)
+        row = {"sampler": label, "error": error, "±": uncertainty}
+        row |= intervals(samples, truth, "truth")
+        rows.append(row | intervals(states, state_of_truth, "state"))
     return rows
 
 
@@ -195,39 +176,39 @@ def certify_jacobian(model, y, x0, sigma, probes=64):
     distance = (x0 - denoised).abs() / variance.clamp(min=1e-12).sqrt()
     row = {"sampler": f"`expected_error`, {probes} probes"}
     for share, width in ((0.5, 0.6745), (0.9, 1.6449)):
-        row[f"in {share:.0%}"] = (distance < width).double().mean().item()
+        row[f"truth in {share:.0%}"] = (distance < width).double().mean().item()
     return row
 
 
 def summary(found):
     """Return a row for each sampler from {sigma: (rows of the network, rows of the field)}."""
     middle, table = list(found)[len(found) // 2], []
-    for k, row in enumerate(found[middle][1]):
-        if "error" in row:
-            errors = {"sampler, network calls": row["sampler"]}
-            for sigma, (network, _) in found.items():
-                uncertainty = network[k]["±"]
-                after = f" ± {uncertainty:.3f}" if uncertainty else ""
-                errors[f"error at {sigma:g}"] = f"{network[k]['error']:.3f}{after}"
-            table.append(errors | {f"of the field, {middle:g}": row["error"]})
+    for k, field in enumerate(found[middle][1]):
+        row = {"sampler, network calls": field["sampler"]}
+        for sigma, (network, _) in found.items():
+            uncertainty = network[k]["±"]
+            after = f" ± {uncertainty:.3f}" if uncertainty else ""
+            row[f"error at {sigma:g}"] = f"{network[k]['error']:.3f}{after}"
+        table.append(row | {f"of the field, {middle:g}": field["error"]})
     return table
 
 
 def certify_observations(model, x0, count=9):
-    """Return a row for each observation: whether samples scatter as far as their mean is off."""
+    """Return a row for each observation: whether samples scatter as far as their mean is off.
+
+    The squared error of the mean of n samples is 1 + 1/n times their variance.
+    """
     rows, truth = [], x0.cpu()
     for name in tqdm(observations.TYPICAL, leave=False, disable=None):
-        A, y = observations.observe(name, x0, SIGMA_Y, SEED)
-        options = SIGMA_Y, OBSERVED_STEPS, count, BATCH, SEED
-        samples = observations.draws(model, x0, A, y, *options)
-        of_mean = squared_error(samples.mean(0), truth)
+        A = observations.OBSERVATIONS[name]
+        y = observations.observe(A, x0, SIGMA_Y, SEED)
+        draw = observations.applied(observations.draw, model, A, SIGMA_Y, x0)
+        samples = observations.samples(draw, y, SEED, count)
         variance = (1 + 1 / count) * samples.var(0).mean(dim=(-3, -2, -1))
-        squared, uncertainty = ratio(variance, of_mean)
+        squared, uncertainty = ratio(variance, squared_error(samples.mean(0), truth))
         row = {"observation": name, "spread / error": squared**0.5}
         row["±"] = uncertainty / (2 * squared**0.5)
-        row["error / of mean"], row[" ±"] = ratio(squared_error(samples, truth).mean(0), of_mean)
-        row |= {"due": 2 * count / (count + 1), "in 80%": coverage(samples, truth, 0.8)}
-        rows.append(row)
+        rows.append(row | {"truth in 80%": coverage(samples, truth, 0.8)})
     return rows
 
 
@@ -236,49 +217,43 @@ def certify_observations(model, x0, count=9):
 # -----------------------------------------------------------------------------
 
 
+def plain(denoiser, y, levels, noise):
+    return sde.langevin(denoiser, y, float(levels[0]), len(levels), noise=noise)
+
+
+def corrected(denoiser, y, levels, noise, observe):
+    corrections = len(levels) // 20 - 1
+    levels = sde.noise_levels(float(levels[0]), float(levels[-1]), 20)
+    return sde.predictor_corrector(denoiser, y, levels, corrections, 0.1, observe, noise)
+
+
+FORGETTING = {  # label: sampler, color and marker
+    "plain Langevin (the recipe)": (plain, RED, "v"),
+    "corrections by the score alone": (partial(corrected, observe=False), PINK, "s"),
+    "corrections with the pull of y": (partial(corrected, observe=True), BLUE, "o"),
+    "annealed Langevin with the pull of y": (sde.annealed_langevin, GREEN, "^"),
+}
+
+
 def study_forgetting(path, model, y, x0, sigma):
     """Plot the squared error, over that of one step, as Langevin updates grow in number."""
     error = squared_error(model(y, sigma), x0).mean()
-    levels = sde.noise_levels(sigma, model.sigma_min, 20)
-
-    def corrected(denoiser, n, noise, observe):
-        corrections = n // 20 - 1
-        return sde.predictor_corrector(denoiser, y, levels, corrections, 0.1, observe, noise)
-
-    def annealed(denoiser, n, noise):
-        levels = sde.noise_levels(sigma, model.sigma_min, n)
-        return sde.annealed_langevin(denoiser, y, levels, noise=noise)
-
-    def langevin(denoiser, n, noise):
-        return sde.langevin(denoiser, y, sigma, n, noise=noise)
-
     title = f"What forgets the observation ($\\sigma$ = {sigma:g}, {len(y)} images)"
     label = "squared error / that of one step\n(2: a posterior sample)"
     figure, axes = benchmark.new_axes(title, "network calls", label)
-    for label, run, style in (
-        ("plain Langevin (the recipe)", langevin, {"color": RED, "marker": "v"}),
-        (
-            "corrections by the score alone",
-            partial(corrected, observe=False),
-            {"color": PINK, "marker": "s"},
-        ),
-        (
-            "corrections with the pull of y",
-            partial(corrected, observe=True),
-            {"color": BLUE, "marker": "o"},
-        ),
-        ("annealed Langevin with the pull of y", annealed, {"color": GREEN, "marker": "^"}),
-    ):
+    for label, (sampler, color, marker) in FORGETTING.items():
         calls, errors = [], []
         for n in (20, 40, 80, 160, 320):
             counted = utils.Recorder(model, 0)
-            images = run(counted, n, utils.seeded_noise(range(SEED, SEED + len(y)), y.device))
+            noise = utils.seeded_noise(range(SEED, SEED + len(y)), y.device)
+            levels = sde.noise_levels(sigma, model.sigma_min, n)
+            images = sampler(counted, y, levels, noise=noise)
             errors.append((squared_error(images, x0).mean() / error).item())
             calls.append(counted.calls)
-        axes.plot(calls, errors, label=label, markersize=4, **style)
+        axes.semilogy(calls, errors, color=color, marker=marker, markersize=4, label=label)
     axes.axhline(2, color="black", linewidth=1, linestyle=":")
     axes.axhline(1, color="black", linewidth=1, label="one step")
-    axes.set(yscale="log", ylim=(0.9, 16))
+    axes.set(ylim=(0.9, 16))
     axes.set_yticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
     axes.minorticks_off()
     axes.legend(fontsize=8)
@@ -286,7 +261,7 @@ def study_forgetting(path, model, y, x0, sigma):
 
 
 # -----------------------------------------------------------------------------
-# Samples from nothing
+# Samples from pure noise
 # -----------------------------------------------------------------------------
 
 
@@ -318,15 +293,16 @@ def study_nothing(path, model, x0, device):
     rows, high = [], model.sigma_max
     starts = [(high, 40), (high, 160), (5, 40), (1, 40), (0.3, 40)]
     for start, calls in [*starts, (1, 1), (0.3, 1), (0.1, 1)]:
+        levels = sde.noise_levels(start, model.sigma_min, calls, math.inf)
+        middle = torch.full_like(x0, 0.5) if start == high else x0
 
-        def run(x0, noise, start=start, calls=calls):
-            levels = sde.noise_levels(start, model.sigma_min, calls, math.inf)
-            middle = torch.full_like(x0, 0.5) if start == high else x0
-            return sde.adams(model, middle + start * noise(x0), levels, noise=noise)
+        def run(middle, noise, start=start, levels=levels):
+            return sde.adams(model, middle + start * noise(middle), levels, noise=noise)
 
-        images = benchmark.in_batches(run, x0, device)
+        images = observations.in_batches(run, middle.to(device), SEED)
         if not rows:
-            show(path, images[:32])
+            grid = make_grid(images[:32].clamp(0, 1), 8, padding=1, pad_value=1)
+            utils.save_png(path, F.interpolate(grid[None], scale_factor=4)[0])
         among = spectrum(images, images)
         power = spectrum(x0, images) / among if calls == 1 else among / spectrum(x0, x0)
         row = {"start": "pure noise" if start == high else f"x0 + {start:g} n", "calls": calls}
@@ -337,23 +313,14 @@ def study_nothing(path, model, x0, device):
     return rows
 
 
-def show(path, images):
-    figure, ((axes,),) = utils.new_figure(7.5, 3.9)
-    grid = make_grid(images.clamp(0, 1), 8, padding=1, pad_value=1)
-    axes.imshow(utils.to_array(grid), interpolation="nearest")
-    axes.set_title("Samples from pure noise in 40 calls, none left out", fontsize=10)
-    axes.set_axis_off()
-    utils.save_figure(path, figure)
-
-
 # -----------------------------------------------------------------------------
 
 
 def certify_all(model, clean, device):
     """Print the tables of all SIGMAS, for images and a Gaussian random field, and a short one."""
-    x0, found, noisy = clean.to(device), {}, {}
+    x0, found, observed = clean.to(device), {}, {}
     for sigma in SIGMAS:
-        y = denoise.add_noise(clean, sigma, np.random.default_rng(SEED)).to(device)
+        y = observed[sigma] = benchmark.noisy(clean, sigma, SEED, device)
         field, denoiser = gaussian_field(x0.shape, SEED, device)
         field_y = field + sigma * unit_noise(field, SEED + 1)
         print(f"\n{len(x0)} images at sigma {sigma:g}, and a Gaussian random field")
@@ -362,18 +329,16 @@ def certify_all(model, clean, device):
         found[sigma] = rows, certify(denoiser, field_y, field, sigma, model.sigma_min)
         for table in found[sigma]:
             print(f"{utils.table(table)}\n", flush=True)
-        noisy[sigma] = y
     print(f"all of it in short\n{utils.table(summary(found))}", flush=True)
     middle = SIGMAS[len(SIGMAS) // 2]
-    study_forgetting(Path(FIGURES, "forgetting.png"), model, noisy[middle], x0, middle)
+    study_forgetting(Path(FIGURES, "forgetting.png"), model, observed[middle], x0, middle)
 
 
 @torch.no_grad()
 def main():
-    utils.check(min(SAMPLES, FEW_SAMPLES) >= 2, "SAMPLES", SAMPLES, "must be at least 2")
     device = utils.pick_device(DEVICE)
     model = benchmark.read_model(CHECKPOINT, device, PRECISION, SIGMAS)
-    clean = benchmark.read_crops(INPUT, max(COUNT, OBSERVED, NOTHING), CROP)
+    clean = benchmark.read_images(INPUT, max(COUNT, OBSERVED, NOTHING), CROP)
     if COUNT:
         certify_all(model, clean[:COUNT], device)
     if OBSERVED:
@@ -381,7 +346,7 @@ def main():
         print(utils.table(certify_observations(model, clean[:OBSERVED].to(device))), flush=True)
     if NOTHING:
         rows = study_nothing(Path(FIGURES, "nothing.png"), model, clean[:NOTHING], device)
-        print(f"\nsamples from nothing\n{utils.table(rows)}")
+        print(f"\nsamples from pure noise\n{utils.table(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The tables of photographs: noise levels found, lossy files, grey images, and two networks.
 
-Images are lists of clean ones, whole, (3, H, W) each in [0, 1]. Image i gets the noise of seed + i.
+Images are lists of clean ones, (3, H, W) or grey (1, H, W) each, in [0, 1].
 """
 
 import io
@@ -13,54 +13,57 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 import denoise
 import utils
 
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in grey test sets
-CODECS = {
-    "PNG": ("PNG", {}),
-    "JPEG 95": ("JPEG", {"quality": 95, "subsampling": 2}),
-    "JPEG 75": ("JPEG", {"quality": 75, "subsampling": 2}),
-    "WebP 80": ("WEBP", {"quality": 80}),
+FILES = {  # name: how Pillow writes it; "float" is no file
+    "float": None,
+    "PNG": {"format": "PNG"},
+    "JPEG 95": {"format": "JPEG", "quality": 95, "subsampling": 2},
+    "JPEG 75": {"format": "JPEG", "quality": 75, "subsampling": 2},
+    "WebP 80": {"format": "WEBP", "quality": 80},
 }
 
 
 def non_local_means(y, sigma, strength):
-    return denoise_nl_means(y, 5, 6, h=strength * sigma, sigma=sigma, fast_mode=True)
+    patches = {"patch_size": 5, "patch_distance": 5, "fast_mode": False}
+    return denoise_nl_means(y, h=strength * sigma, sigma=sigma, channel_axis=0, **patches)
 
 
 def total_variation(y, sigma, strength):
-    return denoise_tv_chambolle(y, strength * sigma)
+    return denoise_tv_chambolle(y, strength * sigma, channel_axis=0)
 
 
-CLASSICAL = {  # each with the strengths of which the best is shown
-    non_local_means: (0.4, 0.6, 0.8, 1.0),
-    total_variation: (0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2),
+CLASSICAL = {  # label: method of an array (C, H, W), and the strengths of which the best is shown
+    "non-local means": (non_local_means, (0.4, 0.6, 0.8, 1.0)),
+    "total variation": (total_variation, (0.6, 0.8, 1.0, 1.2, 1.5, 1.8, 2.2)),
 }
 
 
-def read(source, count):
-    """Return the first `count` images of a source; "photographs": scikit-image's, whole."""
+def read(source, count, size=None):
+    """Return the first `count` images of a source, or their middle size x size pixels.
+
+    source: "photographs" (scikit-image's five), or as in utils.read_images.
+    """
     if source == "photographs":
-        arrays = [array for _, array in utils.sample_photographs()]
-        return [torch.from_numpy(array / np.float32(255)).permute(2, 0, 1) for array in arrays]
-    found = []
-    for image in utils.read_images(source):
-        found.extend(torch.from_numpy(image.pixels).permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
-        if len(found) >= count:
+        arrays = (array[None] / np.float32(255) for _, array in utils.sample_photographs())
+    else:
+        arrays = (image.pixels for image in utils.read_images(source))
+    images = []
+    for array in arrays:
+        images.extend(torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1))
+        if len(images) >= count:
             break
-    return found[:count]
+    return [utils.crop(image, size) if size else image for image in images[:count]]
 
 
-def grey(x0):
-    return (x0 * torch.tensor(LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+def grey(x0):  # brightness, ITU-R BT.601, as in grey test sets
+    return (x0 * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
 
 
-def noisy(x0, sigma, seed, device="cpu"):  # (C, H, W) -> (1, C, H, W)
-    return denoise.add_noise(x0[None], sigma, np.random.default_rng(seed)).to(device)
-
-
-def through(y, form, options):
+def through(y, name):
     """Write an image (1, 3, H, W) to a file in memory, and read it again."""
+    if FILES[name] is None:
+        return y
     file = io.BytesIO()
-    Image.fromarray(utils.to_array(y[0])).save(file, form, **options)
+    Image.fromarray(utils.to_array(y[0])).save(file, **FILES[name])
     array = np.asarray(Image.open(file).convert("RGB"), np.float32) / 255
     return torch.from_numpy(array).permute(2, 0, 1)[None].to(y)
 
@@ -76,11 +79,19 @@ def in_one_step(model, y, sigma):
     denoiser = utils.tiled(model)
     if y.shape[1] == 1:
         denoiser = denoise.grey(denoiser, y)
-    return denoiser(y, sigma)
+    return denoiser(y, sigma).cpu()
 
 
-def quality(images, x0):  # (1, C, H, W), (C, H, W) -> dB
-    return utils.psnr(images.cpu(), x0[None]).item()
+def each(method, y, sigma, strength):
+    """Return the results of a method of arrays (C, H, W) for all images of y."""
+    images = [method(array, sigma, strength) for array in y.double().cpu().numpy()]
+    return torch.from_numpy(np.stack(images))
+
+
+def qualities(denoiser, method, pairs, *arguments):
+    """Return the PSNR of denoiser(method, y, ...) for each pair (y, x0)."""
+    images = (denoiser(method, y, *arguments) for y, _ in pairs)
+    return np.array([utils.psnr(image, x0).item() for image, (_, x0) in zip(images, pairs)])
 
 
 # -----------------------------------------------------------------------------
@@ -88,91 +99,58 @@ def quality(images, x0):  # (1, C, H, W), (C, H, W) -> dB
 # -----------------------------------------------------------------------------
 
 
-def level_rows(model, images, sigmas, seed, device="cpu"):
-    """Return a row for each noise level and type of file: the levels found over the true one."""
-    rows = []
-    for sigma in sigmas:
-        for kind, form in (("float", None), ("8 bits", CODECS["PNG"])):
-            ratios = []
-            for i, x0 in enumerate(images):
-                y = noisy(x0, sigma, seed + i, device)
-                ratios.append(level_found(model, through(y, *form) if form else y) / sigma)
-            ratios = np.array(ratios)
-            row = {"sigma": f"{sigma:g}", "file": kind, "median": float(np.median(ratios))}
-            row |= {"least": ratios.min().item(), "most": ratios.max().item()}
-            for share in (0.04, 0.08):
-                row[f"within {share:.0%}"] = (abs(ratios - 1) < share).mean().item()
-            rows.append(row)
-    return rows
+def rows(function, model, images, sigmas, seed, device="cpu"):
+    """Return the rows that function(model, pairs, sigma) finds at each noise level.
 
-
-def codec_rows(model, images, sigmas, seed, device="cpu"):
-    """Return a row for each level and file format: PSNR with the level found, and with the best."""
-    rows = []
-    for sigma in sigmas:
-        for codec, (form, options) in CODECS.items():
-            ratios, best, losses = [], [], []
-            for i, x0 in enumerate(images):
-                y = through(noisy(x0, sigma, seed + i, device), form, options)
-                found = level_found(model, y)
-                reached = quality(in_one_step(model, y, found), x0)
-                tried = [in_one_step(model, y, s) for s in sigma * np.geomspace(0.3, 1.7, 14)]
-                best.append(max(reached, *(quality(images, x0) for images in tried)))
-                ratios.append(found / sigma)
-                losses.append(best[-1] - reached)
-            row = {"sigma": f"{sigma:g}", "file": codec, "found / true": float(np.mean(ratios))}
-            row |= {"best PSNR dB": float(np.mean(best)), "mean loss dB": float(np.mean(losses))}
-            rows.append(row | {"largest loss dB": max(losses)})
-    return rows
-
-
-def grey_rows(model, images, sigmas, seed, device="cpu"):
-    """Return a row for each level: mean PSNR of the network and of classical denoisers."""
-    rows = []
+    pairs: of a noisy image y on the device and a clean one x0, (1, C, H, W); image i gets the noise
+    of seed + i.
+    """
+    found = []
     for sigma in sigmas:
         pairs = []
-        for i, x0 in enumerate(map(grey, images)):
-            pairs.append((noisy(x0, sigma, seed + i, device), x0))
-        row = {"sigma": f"{sigma:g}"}
-        row["network, PSNR dB"] = mean_quality(in_one_step, pairs, model, sigma)
-        row["as if in colour, PSNR dB"] = mean_quality(in_three_channels, pairs, model, sigma)
-        classical = {}
-        for method, strengths in CLASSICAL.items():
-            tried = [mean_quality(in_one_channel, pairs, method, sigma, k) for k in strengths]
-            classical[f"{method.__name__.replace('_', ' ')}, PSNR dB"] = max(tried)
-        gain = row["network, PSNR dB"] - max(classical.values())
-        rows.append(row | classical | {"gain dB": gain})
-    return rows
+        for i, x0 in enumerate(images):
+            y = denoise.add_noise(x0[None], sigma, np.random.default_rng(seed + i))
+            pairs.append((y.to(device), x0[None]))
+        found.extend({"sigma": f"{sigma:.3g}"} | row for row in function(model, pairs, sigma))
+    return found
 
 
-def mean_quality(denoiser, pairs, method, *arguments):
-    return float(np.mean([quality(denoiser(method, y, *arguments), x0) for y, x0 in pairs]))
+def level_rows(model, pairs, sigma):
+    """Yield a row for floats and 8 bits: the levels found over the true one."""
+    for kind in ("float", "PNG"):
+        ratios = np.array([level_found(model, through(y, kind)) / sigma for y, _ in pairs])
+        within = (abs(ratios - 1) < 0.04).mean().item()
+        yield {"file": kind, "median": float(np.median(ratios)), "within 4%": within}
 
 
-def in_three_channels(model, y, sigma):
-    return model(y.expand(-1, 3, -1, -1), sigma).mean(1, keepdim=True)
+def file_rows(model, pairs, sigma):
+    """Yield a row for each format: what the level found costs in PSNR, against the best of 15."""
+    for name in list(FILES)[1:]:
+        ratios, losses = [], []
+        for y, x0 in pairs:
+            y = through(y, name)
+            found = level_found(model, y)
+            tried = [found, *sigma * np.geomspace(0.3, 1.7, 14)]
+            psnrs = [qualities(in_one_step, model, [(y, x0)], s).item() for s in tried]
+            ratios.append(found / sigma)
+            losses.append(max(psnrs) - psnrs[0])
+        row = {"file": name, "found / true": float(np.mean(ratios))}
+        yield row | {"mean loss dB": float(np.mean(losses)), "largest loss dB": max(losses)}
 
 
-def in_one_channel(method, y, sigma, strength):
-    return torch.from_numpy(method(y[0, 0].double().cpu().numpy(), sigma, strength))[None, None]
+def classical_rows(model, pairs, sigma):
+    """Yield a row: mean PSNR of the network, and of classical denoisers at their best strengths."""
+    row = {"network, PSNR dB": qualities(in_one_step, model, pairs, sigma).mean()}
+    for label, (method, strengths) in CLASSICAL.items():
+        tried = [qualities(each, method, pairs, sigma, k).mean() for k in strengths]
+        row[f"{label}, PSNR dB"] = max(tried)
+    network, *classical = row.values()
+    yield row | {"gain dB": network - max(classical)}
 
 
-def network_rows(models, images, sigmas, seed, device="cpu"):
-    """Return a row for each noise level, in colour and grey: one-step PSNR of both networks.
-
-    models: {label: network}, two. The gain is that of the second, with its standard error.
-    """
-    rows = []
-    for kind, clean in (("colour", images), ("grey", [grey(x0) for x0 in images])):
-        for name, sigma in sigmas.items():
-            psnrs = {label: [] for label in models}
-            for i, x0 in enumerate(clean):
-                y = noisy(x0, sigma, seed + i, device)
-                for label, model in models.items():
-                    psnrs[label].append(quality(in_one_step(model, y, sigma), x0))
-            first, second = map(np.array, psnrs.values())
-            row = {"images": f"{len(clean)}, {kind}", "sigma": name}
-            row |= {f"{label}, PSNR dB": float(np.mean(found)) for label, found in psnrs.items()}
-            error = (second - first).std(ddof=1) / len(clean) ** 0.5
-            rows.append(row | {"gain dB": (second - first).mean(), "±": error})
-    return rows
+def network_rows(models, pairs, sigma):
+    """Yield a row: one-step PSNR of two networks, {label: network}, and the gain of the second."""
+    first, second = (qualities(in_one_step, model, pairs, sigma) for model in models.values())
+    row = {f"{label}, PSNR dB": psnr.mean() for label, psnr in zip(models, (first, second))}
+    error = (second - first).std(ddof=1) / len(pairs) ** 0.5
+    yield row | {"gain dB": (second - first).mean(), "±": error}

@@ -3,7 +3,6 @@
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import benchmark
 import certify
@@ -12,6 +11,8 @@ import photographs
 import pytest
 import torch
 
+import observations
+import sde
 import utils
 from model import ScoreModel
 
@@ -43,12 +44,13 @@ class Pale(White):
         return 0.5 + (super().__call__(x, sigma) - 0.5) / 2
 
 
-@pytest.fixture
-def posterior():
-    """Clean and noisy images, mean and deviation of p(x0 | y)."""
-    x0 = 0.5 + C * normal(40, 3, 16, 16, seed=0)
-    y = x0 + S * normal(40, 3, 16, 16, seed=1)
-    return x0, y, 0.5 + C**2 / (C**2 + S**2) * (y - 0.5), C * S / math.hypot(C, S)
+def clean(count, size, c=C):
+    return 0.5 + c * normal(count, 3, size, size, seed=0)
+
+
+def clean_and_noisy(count, size):
+    x0 = clean(count, size)
+    return x0, x0 + S * normal(*x0.shape, seed=1)
 
 
 @pytest.fixture
@@ -59,29 +61,31 @@ def figures(monkeypatch):
     def keep(path, shown, *rest, **options):
         saved[path.stem] = shown
 
-    monkeypatch.setattr(utils, "save_figure", keep)
-    monkeypatch.setattr(utils, "plot_images", keep)
+    for name in ("save_figure", "plot_images", "save_png"):
+        monkeypatch.setattr(utils, name, keep)
     return saved
 
 
-def test_exact_samples_pass_their_certification(posterior):
-    x0, y, mean, deviation = posterior
-    found = certify.statistics(mean + deviation * normal(19, *x0.shape, seed=2), x0, y, mean, S)
-    assert abs(found["error"] - 2) < 4 * found["±"] and found["±"] < 0.05
-    assert abs(found["of the mean"] - 1) < 0.02
-    n = x0.numel()
-    assert abs(found["in 50%"] - 0.5) < 4 * 0.5 / n**0.5
-    assert abs(found["in 90%"] - 0.9) < 4 * 0.3 / n**0.5
-    assert abs(found["(y - sample) / sigma"] - 1) < 0.01
-    assert abs(found["its lag 1"]) < 4 / n**0.5
+# -----------------------------------------------------------------------------
+# What certifies samples
+# -----------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say_for_exact_samples_alone():
+    x0, y = clean_and_noisy(40, 16)
+    mean, deviation = 0.5 + C**2 / (C**2 + S**2) * (y - 0.5), C * S / math.hypot(C, S)
+    found = certify.intervals(mean + deviation * normal(19, *x0.shape, seed=2), x0, "truth")
+    assert abs(found["truth in 50%"] - 0.5) < 4 * 0.5 / x0.numel() ** 0.5
+    assert abs(found["truth in 90%"] - 0.9) < 4 * 0.3 / x0.numel() ** 0.5
     narrow = mean + 0.9 * deviation * normal(19, *x0.shape, seed=2)
-    found = certify.statistics(narrow, x0, y, mean, S)
-    assert found["error"] < 1.9 and found["in 90%"] < 0.89
+    assert certify.intervals(narrow, x0, "truth")["truth in 90%"] < 0.89
+    with pytest.raises(ValueError, match="5 samples"):
+        certify.coverage(narrow[:5], x0, 0.9)
 
 
-def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should(posterior):
+def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should():
     # In the middle of the way x_s given y is Gaussian, too. The truth itself has another law.
-    x0, y, _, _ = posterior
+    x0, y = clean_and_noisy(40, 16)
     s = 0.14
     share = (C**2 + s**2) / (C**2 + S**2)
     deviation = math.sqrt(share * (S**2 - s**2))
@@ -91,11 +95,6 @@ def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should(poster
         held = certify.coverage(states, of_truth, size)
         assert abs(held - size) < 4 * error / x0.numel() ** 0.5
         assert abs(certify.coverage(states, x0, size) - size) > 0.01
-
-
-def test_intervals_of_too_few_samples_are_refused():
-    with pytest.raises(ValueError, match="5 samples"):
-        certify.coverage(normal(5, 2, 3, 4, 4, seed=0), normal(2, 3, 4, 4, seed=1), 0.9)
 
 
 def test_the_ratios_standard_error_is_that_of_repetitions():
@@ -112,44 +111,42 @@ def test_the_field_has_its_own_denoiser():
     assert errors[1] < min(errors[0], errors[2]) and abs(x0.std() / 0.25 - 1) < 0.3
 
 
-def test_all_samplers_are_certified_and_white_priors_have_white_samples(monkeypatch, figures):
-    monkeypatch.setattr(certify, "SAMPLES", 19)
-    monkeypatch.setattr(certify, "FEW_SAMPLES", 2)
-    x0 = 0.5 + C * normal(10, 3, 8, 8, seed=0)
-    y = x0 + S * normal(10, 3, 8, 8, seed=1)
-    rows = {row["sampler"]: row for row in certify.certify(White(), y, x0, S, 0.005)}
+def test_all_samplers_are_certified_on_a_white_prior(figures):
+    x0, y = clean_and_noisy(10, 8)
+    found = certify.certify(White(), y, x0, S, 0.005)
     exact = 2 - 0.005**2 / (1 / (1 / C**2 + 1 / S**2))
-    assert abs(rows["*exact*"]["error"] - exact) < 1e-3 and len(rows) == len(certify.SAMPLERS) + 2
-    for label in certify.SAMPLERS:
-        assert abs(rows[label]["error"] - exact) < 0.15, label
-    assert abs(rows["its *state* before the last step"]["in 50%"] - 0.5) < 0.04
+    assert [row["sampler"] for row in found] == ["*exact*", *certify.SAMPLERS]
+    assert abs(found[0]["error"] - exact) < 1e-3
+    assert all(abs(row["error"] - exact) < 0.15 for row in found), found
     inside = certify.certify_jacobian(White(), y, x0, S, 2)
-    assert abs(inside["in 50%"] - 0.5) < 0.04 and abs(inside["in 90%"] - 0.9) < 0.03
-    table = certify.summary({S: (list(rows.values()), list(rows.values()))})
+    for row, label in ((found[1], "truth"), (found[1], "state"), (inside, "truth")):
+        assert abs(row[f"{label} in 50%"] - 0.5) < 0.04 and abs(row[f"{label} in 90%"] - 0.9) < 0.03
+    table = certify.summary({S: (found, found)})
     assert table[1]["error at 0.2"].startswith(f"{table[1]['of the field, 0.2']:.3f} ± ")
     certify.study_forgetting(Path("forgetting.png"), White(), y, x0, S)
     lines = {line.get_label(): line.get_xydata() for line in figures["forgetting"].axes[0].lines}
     assert lines["plain Langevin (the recipe)"][:, 0].tolist() == [20, 40, 80, 160, 320]
-    assert (
-        abs(lines["corrections with the pull of y"][-1, 1] - 2) < 0.15
-        and lines["corrections by the score alone"][-1, 1] > 2.5
-    )
+    assert abs(lines["corrections with the pull of y"][-1, 1] - 2) < 0.15
+    assert lines["corrections by the score alone"][-1, 1] > 2.5
 
 
 def test_samples_from_nothing_have_the_power_of_the_prior(figures):
-    x0 = 0.5 + C * normal(16, 3, 16, 16, seed=0)
+    x0 = clean(16, 16)
     for row in certify.study_nothing(Path("nothing.png"), White(), x0, "cpu"):
         error = 4 / C / 3000**0.5 if row["calls"] == 1 else 8 / 3000**0.5  # of 3,000 values
         assert abs(row["brightness above"] - 1) < error, row
         assert abs(row["red - blue above"] - 1) < error, row
+    assert figures["nothing"].shape == (3, 4 * 35, 4 * 137)  # 2 x 8 images with lines between
     pale = x0.mean(1, keepdim=True) + 0.5 * (x0 - x0.mean(1, keepdim=True))
     share = certify.spectrum(pale, pale) / certify.spectrum(x0, x0)
     torch.testing.assert_close(share, torch.tensor([[1.0] * 3, [0.25] * 3]).double())
-    x0[:, 2] = x0[:, 0]
-    assert certify.spectrum(x0, x0)[1].max() < 1e-9
     row = certify.study_nothing(Path("pale.png"), Pale(), x0, "cpu")[-1]
     assert abs(row["brightness above"] - 2) < 0.1  # one step needs twice its contrast
-    assert len(np.unique(figures["nothing"].axes[0].images[0].get_array())) > 200
+
+
+# -----------------------------------------------------------------------------
+# Comparisons
+# -----------------------------------------------------------------------------
 
 
 def test_the_wiener_filter_is_a_gaussians_posterior_mean():
@@ -167,14 +164,14 @@ def test_the_wiener_filter_is_a_gaussians_posterior_mean():
 
 
 def test_bits_per_dimension_are_the_entropy_of_a_gaussian():
-    x0 = (255 * (0.5 + C / 3 * normal(100, 3, 16, 16, seed=0))).round() / 255
-    levels, c = torch.tensor(benchmark.LEVELS).double(), C / 3
-    lowest = White(c)(x0 + 0.005 * normal(*x0.shape, seed=1), 0.005) - x0
+    c = C / 3
+    x0 = (255 * clean(100, 16, c)).round() / 255
+    levels = torch.tensor(benchmark.LEVELS).double()
     errors = (1 / (1 / c**2 + 1 / levels**2)).sqrt()[:, None, None, None, None] + 0 * x0
     curve = benchmark.bits_per_dimension(levels, errors, x0)[0]
     known = [math.log2(1 + c**2 / s**2) / 2 for s in (0.005, 20.0)]
     assert (curve - (known[0] - known[1])).abs().max() < 0.005
-    errors[0] = lowest
+    errors[0] = White(c)(x0 + 0.005 * normal(*x0.shape, seed=1), 0.005) - x0
     _, rounding, start = benchmark.bits_per_dimension(levels, errors, x0).mean(1)
     assert abs(start - c**2 / 20**2 / 2 / math.log(2)) < 1e-6
     entropy = math.log2(255 * c * math.sqrt(2 * math.pi * math.e))
@@ -182,32 +179,100 @@ def test_bits_per_dimension_are_the_entropy_of_a_gaussian():
 
 
 def test_what_is_expected_of_a_gaussian_is_its_posterior_variance():
-    x0 = 0.5 + C * normal(7, 3, 16, 16, seed=0)
-    y = x0 + S * normal(7, 3, 16, 16, seed=1)
-    expected, true = benchmark.expected_errors(White(), y, x0, S, "cpu", probes=2)
+    x0, y = clean_and_noisy(7, 16)
+    expected, true = benchmark.expected_errors(White(), y, x0, S, probes=2)
     known = -10 * math.log10(1 / (1 / C**2 + 1 / S**2))
     torch.testing.assert_close(expected, torch.full_like(expected, known), atol=1e-5, rtol=0)
     assert (true - known).abs().max() < 4 * 4.34 * math.sqrt(2 / x0[0].numel())
 
 
-def test_results_do_not_depend_on_the_batch(monkeypatch):
-    y = normal(5, 3, 4, 4, seed=0)
-    found = []
-    for module, batch in ((benchmark, 2), (benchmark, 5), (certify, 5), (certify, 10)):
-        monkeypatch.setattr(module, "BATCH", batch)
-        if module is benchmark:
-            found.append(benchmark.in_batches(lambda y, noise: y + noise(y), y, "cpu"))
-        else:
-            found.append(certify.posterior_samples(lambda y, noise: y + noise(y), y, 2))
-    assert found[0].equal(found[1]) and found[2].equal(found[3]) and found[0].equal(found[2][0])
-    assert not found[2][0].equal(found[2][1])
+def test_samples_do_not_depend_on_the_batch(monkeypatch):
+    y, found = normal(5, 3, 4, 4, seed=0), []
+    for batch in (2, 5, 10):
+        monkeypatch.setattr(observations, "BATCH", batch)
+        found.append(observations.samples(lambda y, noise: y + noise(y), y, 0, 2))
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+    assert not found[0][0].equal(found[0][1])
+    assert ((found[0] - y).mean((1, 2, 3, 4)).abs() < 4 / y.numel() ** 0.5).all()
 
 
-def test_a_time_is_the_shortest_after_the_first(monkeypatch):
-    clock = iter([0, 1, 10, 14, 20, 23, 30, 35])  # calls of 1, 4, 3 and 5 seconds
-    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=clock.__next__))
-    monkeypatch.setattr(benchmark, "SECONDS", 7.0)
-    assert benchmark.seconds_of(torch.device("cpu"), lambda: None) == 3
+# -----------------------------------------------------------------------------
+# Observations
+# -----------------------------------------------------------------------------
+
+SIGMA_Y = 0.05
+AVERAGED = {"half size": 4, "quarter size": 16, "colour from grey": 3}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_observations_are_restored_as_well_as_a_white_prior_allows(name):
+    # Of n values the mean is observed: one direction, of variance C^2, with noise n SIGMA_Y^2.
+    x0, A, n = clean(20, 16), observations.OBSERVATIONS[name], AVERAGED[name]
+    y = observations.observe(A, x0, SIGMA_Y, 0)
+    known = C**2 * (1 - C**2 / (C**2 + n * SIGMA_Y**2) / n)
+    mean = observations.applied(sde.posterior_mean, White(), A, SIGMA_Y, x0)
+    error = ((observations.in_batches(mean, y, 0) - x0) ** 2).mean()
+    assert abs(error / known - 1) < 0.05
+
+
+def test_a_step_of_splitting_is_the_minimum_of_its_two_terms():
+    A, strength = observations.OBSERVATIONS["hole of 12 x 12"], 0.5
+    x0 = clean(2, 16)
+    y = observations.observe(A, x0, SIGMA_Y, 0)
+    filled = sde.fill(y, A, SIGMA_Y, x0)
+
+    def same(z, s):
+        return z
+
+    found = observations.splitting(same, y, A, SIGMA_Y, x0, None, strength, steps=1)
+    seen = (y / SIGMA_Y**2 + strength * filled) / (1 / SIGMA_Y**2 + strength)
+    torch.testing.assert_close(found, torch.where(y == 0, filled, seen), atol=1e-4, rtol=0)
+    assert (y == 0).sum() == 2 * 3 * 12 * 12 and (y[:, :, 2:-2, 2:-2] == 0).all()
+
+
+def test_samples_of_an_observation_must_scatter_as_far_as_their_mean_is_off(monkeypatch):
+    def draw(model, y, A, sigma_y, like, noise):  # exact for the prior N(0.5, C^2) (Matheron)
+        x = 0.5 + C * noise(like)
+        gain = C**2 / (C**2 + 3 * sigma_y**2)
+        return model * (x + gain * (y - A(x) - sigma_y * noise(y)) - 0.5) + 0.5
+
+    monkeypatch.setattr(observations, "TYPICAL", ("colour from grey",))
+    monkeypatch.setattr(observations, "draw", draw)
+    (row,) = certify.certify_observations(1.0, clean(16, 16))
+    assert abs(row["spread / error"] - 1) < 4 * row["±"] < 0.05
+    assert abs(row["truth in 80%"] - 0.8) < 4 * 0.4 / (16 * 3 * 16**2) ** 0.5
+    (row,) = certify.certify_observations(0.9, clean(16, 16))
+    assert row["spread / error"] < 0.95 and row["truth in 80%"] < 0.79
+
+
+def test_methods_are_compared_on_the_same_images(monkeypatch):
+    x0, names = clean(3, 16), ("half size", "quarter size", "colour from grey")
+    monkeypatch.setattr(observations, "STEPS", 3)
+
+    def splitting(model, y, A, sigma_y, like, noise, strength):
+        return 0.5 + strength * (x0 - 0.5)
+
+    monkeypatch.setattr(observations, "splitting", splitting)
+    monkeypatch.setattr(observations, "STRENGTHS", (0.5, 0.9, 0.8))
+    rows, panels = observations.compare(White(), x0, SIGMA_Y, 0, 2, names)
+    table = {(row["observation"], row["method"]): row for row in rows}
+    for name in names:
+        best, two, mean = (
+            table[name, method] for method in ("splitting", "mean of 8 samples", "posterior mean")
+        )
+        psnr = utils.psnr(0.5 + 0.9 * (x0 - 0.5), x0)
+        assert abs(best["PSNR dB"] - psnr.mean()) < 1e-6 and best["less splitting"] == 0
+        assert (best["images"], two["images"], two["network calls"]) == (3, 2, 24)
+        assert abs(two["less splitting"] - (two["PSNR dB"] - psnr[:2].mean())) < 1e-6
+        assert mean["PSNR dB"] > two["PSNR dB"] > table[name, "one sample"]["PSNR dB"]
+    assert [row[0][2] for row in panels] == ["half size", "colour from grey"]
+    titles = ["observation", "classical", "splitting", "one sample", "posterior mean"]
+    assert [title for title, _, _ in panels[0]] == [*titles, "clean image"]
+    grey = observations.observe(observations.OBSERVATIONS[names[2]], x0, SIGMA_Y, 0)[0]
+    assert panels[1][0][1].equal(grey) and panels[1][-1][1].equal(x0[0])
+    assert panels[1][1][1].std(0).max() < 1e-3  # the classical image is grey
+    rows, _ = observations.compare(White(), x0, SIGMA_Y, 0, 0, names[:1])
+    assert [row["method"] for row in rows] == ["classical", "splitting", "posterior mean"]
 
 
 # -----------------------------------------------------------------------------
@@ -216,56 +281,46 @@ def test_a_time_is_the_shortest_after_the_first(monkeypatch):
 
 
 def test_two_networks_are_compared_on_the_same_noise():
-    middle = [torch.full((3, 24, 24), 0.5)] * 2
     models = {"first": lambda y, sigma: y, "second": lambda y, sigma: 0.5 + (y - 0.5) / 2}
-    colour, grey = photographs.network_rows(models, middle, {"0.1": 0.1}, 0)
-    for row in (colour, grey):
+    for channels in (3, 1):
+        middle = [torch.full((channels, 24, 24), 0.5)] * 2
+        (row,) = photographs.rows(photographs.network_rows, models, middle, [0.1], 0)
         assert abs(row["gain dB"] - 20 * math.log10(2)) < 1e-4 and row["±"] < 1e-4
-    assert abs(colour["first, PSNR dB"] - 20) < 4 * 4.34 * math.sqrt(2 / (2 * 3 * 24 * 24))
-    assert abs(grey["first, PSNR dB"] - 20) < 4 * 4.34 * math.sqrt(2 / (2 * 24 * 24))
+        error = 4.34 * math.sqrt(2 / (2 * channels * 24 * 24))
+        assert abs(row["first, PSNR dB"] - 20) < 4 * error
 
 
-def test_levels_found_are_those_added():
+def test_levels_found_are_those_added_and_lossless_files_lose_nothing(monkeypatch):
     images = [(0.5 + 0.1 * normal(3, 64, 64, seed=i)).float() for i in range(2)]
-    for row in photographs.level_rows(White(0.1), images, (0.05,), 0):
-        assert abs(row["median"] - 1) < 0.03 and row["within 8%"] == 1
-        assert row["least"] <= row["median"] <= row["most"]
+    for row in photographs.rows(photographs.level_rows, White(0.1), images, [0.05], 0):
+        assert abs(row["median"] - 1) < 0.03 and row["within 4%"] == 1
+    few = {name: photographs.FILES[name] for name in ("float", "PNG")}
+    monkeypatch.setattr(photographs, "FILES", few)
+    (row,) = photographs.rows(photographs.file_rows, White(0.1), images, [0.05], 0)
+    assert abs(row["found / true"] - 1) < 0.03 and row["file"] == "PNG"
+    assert 0 <= row["mean loss dB"] <= row["largest loss dB"] < 0.01
 
 
 def test_files_in_memory_are_those_formats():
     y = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    errors = {}
-    for name, (form, options) in photographs.CODECS.items():
-        errors[name] = (photographs.through(y, form, options) - y).abs().mean().item()
-    assert errors["PNG"] < 0.51 / 255 < 2 / 255 < errors["JPEG 95"] < errors["JPEG 75"]
-
-
-def test_lossy_files_lose_little_where_the_level_is_found(monkeypatch):
-    monkeypatch.setattr(photographs, "CODECS", {"PNG": photographs.CODECS["PNG"]})
-    images = [(0.5 + 0.1 * normal(3, 64, 64, seed=i)).float() for i in range(2)]
-    (row,) = photographs.codec_rows(White(0.1), images, [0.05], 0)
-    known = 10 * math.log10(1 / 0.1**2 + 1 / 0.05**2)
-    assert abs(row["found / true"] - 1) < 0.03 and abs(row["best PSNR dB"] - known) < 0.1
-    assert 0 <= row["mean loss dB"] <= row["largest loss dB"] < 0.01
+    errors = [(photographs.through(y, name) - y).abs().mean() for name in photographs.FILES]
+    assert 0 == errors[0] < errors[1] < 0.51 / 255 < 2 / 255 < errors[2] < errors[3]
 
 
 def test_grey_images_are_denoised_as_grey_and_beside_the_best_strength(monkeypatch):
-    images = [(0.5 + 0.2 * normal(3, 32, 32, seed=i)).float() for i in range(2)]
+    images = [0.5 + 0.2 * normal(1, 32, 32, seed=i) for i in range(2)]
 
     def scaled(y, sigma, strength):
         return 0.5 + strength * (y - 0.5)
 
-    monkeypatch.setattr(photographs, "CLASSICAL", {scaled: (0.0, 0.5, 1.0)})
-    (row,) = photographs.grey_rows(White(0.2), images, [S], 0)
-    shares = {"network": 0.25, "as if in colour": 0.5}  # 0.2^2 / (0.2^2 + 3 S^2) and with S^2
-    for name, share in shares.items():
-        psnrs = []
-        for i, x0 in enumerate(map(photographs.grey, images)):
-            y = photographs.noisy(x0, S, i)
-            psnrs.append(photographs.quality(scaled(y, S, share), x0))
-        assert abs(row[f"{name}, PSNR dB"] - np.mean(psnrs)) < 1e-3
-    tried = [-10 * math.log10((1 - k) ** 2 * 0.0179 + k**2 * S**2) for k in (0, 0.5, 1)]
-    assert abs(row["scaled, PSNR dB"] - max(tried)) < 0.4
+    monkeypatch.setattr(photographs, "CLASSICAL", {"scaled": (scaled, (0.0, 0.5, 1.0))})
+    (row,) = photographs.rows(photographs.classical_rows, White(0.2), images, [S], 0)
+    psnrs = []
+    for k in (0.25, 0.5):  # 0.2^2 / (0.2^2 + 3 S^2) by the network, and the best of the three
+        psnrs.append(-10 * math.log10(0.2**2 * (1 - k) ** 2 + k**2 * S**2))
+    error = 4 * 4.34 * math.sqrt(2 / (2 * 32 * 32))
+    assert abs(row["network, PSNR dB"] - psnrs[0]) < error
+    assert abs(row["scaled, PSNR dB"] - psnrs[1]) < error
     assert abs(row["gain dB"] - (row["network, PSNR dB"] - row["scaled, PSNR dB"])) < 1e-9
 
 
@@ -273,11 +328,11 @@ def test_images_come_whole_or_as_their_middle(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(3 * 6 * 8 * 3, dtype=np.uint8).reshape(3, 6, 8, 3))
     whole = photographs.read(tmp_path, 2)
     assert len(whole) == 2 and whole[1].shape == (3, 6, 8)
-    crops = benchmark.read_crops(tmp_path, 2, 4)
+    crops = benchmark.read_images(tmp_path, 2, 4)
     assert crops[1].equal(whole[1][:, 1:5, 2:6])
     np.save(tmp_path / "b.npy", np.zeros((5, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="differ in size"):
-        benchmark.read_crops(tmp_path, 9, 8)
+        benchmark.read_images(tmp_path, 9, 8)
 
 
 # -----------------------------------------------------------------------------
@@ -307,6 +362,7 @@ def run(monkeypatch, tmp_path, capsys):
         module.main()
         return capsys.readouterr().out
 
+    run.x0 = torch.from_numpy(images[:3]).permute(0, 3, 1, 2) / 255
     return run
 
 
@@ -314,12 +370,11 @@ def test_results_are_of_each_denoiser_and_langevin_runs_start_at_the_noisy_image
     out = run(benchmark, "--recipe TMP/cnn3.pt --study-count 2 --step-sizes 1e-3 1e-2 --steps 2")
     rows = re.findall(r"^\| (\S.*?) +\| +([\d.]+) ", out, re.MULTILINE)
     assert len(rows) == 9 and rows[0][0] == "noisy" and rows[-1][0] == "**U-Net, one step**"
-    x0 = benchmark.crops()
-    assert abs(float(rows[0][1]) - benchmark.mean_psnr(benchmark.noisy(x0, 0.1), x0)) < 0.01
+    y = benchmark.noisy(run.x0, 0.1, 0)
+    assert abs(float(rows[0][1]) - benchmark.mean_psnr(y, run.x0)) < 0.01
     lines = figures["langevin"].axes[0].lines
-    noisy = benchmark.mean_psnr(benchmark.noisy(x0, 0.1)[:2], x0[:2])
     for line in lines[:4]:
-        assert abs(line.get_ydata()[0] - noisy) < 1e-4
+        assert abs(line.get_ydata()[0] - benchmark.mean_psnr(y[:2], run.x0[:2])) < 1e-4
     np.testing.assert_allclose(lines[0].get_xdata(), 1e-3 * np.arange(40))
 
 
@@ -344,8 +399,8 @@ def test_what_is_expected_is_plotted_over_what_is_true(run, figures, monkeypatch
     assert len(panels) == 3 * 5 + 1  # the last is the colour bar
     error = panels[4].images[0].get_array()
     one_step = panels[1].images[0].get_array() / 255
-    x0 = benchmark.crops()[0].permute(1, 2, 0).numpy()
-    assert np.corrcoef(error.ravel(), ((one_step - x0) ** 2).mean(2).ravel() ** 0.5)[0, 1] > 0.9
+    off = ((one_step - run.x0[0].permute(1, 2, 0).numpy()) ** 2).mean(2) ** 0.5
+    assert np.corrcoef(error.ravel(), off.ravel())[0, 1] > 0.9
     row = {title: image for title, image, _ in figures["components"][1]}
     along = row["+2 sd"] - row["-2 sd"]
     variance = 1 / (1 / ScoreModel.sigma_data**2 + 1 / 0.6**2)  # an untrained network is White
@@ -356,36 +411,40 @@ def test_what_is_expected_is_plotted_over_what_is_true(run, figures, monkeypatch
     assert {note for _, _, note in figures["components"][1]} == {"", "direction 2"}
 
 
-def test_times_are_printed_for_each_size(run, monkeypatch):
-    monkeypatch.setattr(benchmark, "seconds_of", lambda device, function, *arguments: 1.5)
-    out = run(benchmark, "--table speed --megapixels 0.01 0.02")
-    assert out.count("1.50") == 5 and "1 of 0.02 megapixels" in out
+def test_one_step_and_a_sample_are_timed_at_each_size(run, monkeypatch):
+    def calls(device, function, *arguments):
+        counted = utils.Recorder(arguments[0], 0)
+        function(counted, *arguments[1:])
+        return counted.calls / 1
+
+    monkeypatch.setattr(benchmark, "seconds_of", calls)
+    out = run(benchmark, "--table speed --megapixels 0.01 0.02 --steps 3")
+    assert "seconds at 0.02 megapixels" in out
+    assert re.findall(r"\d\.00", out) == ["1.00", "1.00", "3.00", "3.00"]
 
 
-def test_observations_have_a_labelled_row_of_the_figure_each(run, figures, monkeypatch):
-    def restore(model, name, x0, A, y, *rest):
+def test_the_typical_observations_are_compared_in_strong_noise_too(run, figures, monkeypatch):
+    def restore(model, A, y, sigma_y, x0, *rest):
         return {"splitting": (0.9 * x0, 24), "one sample": (x0, 3)}
 
-    monkeypatch.setattr(benchmark.observations, "restore", restore)
+    monkeypatch.setattr(observations, "restore", restore)
     out = run(benchmark, "--table observations --sigma-y 0.03")
-    weak, strong = out.split("with noise of 0.1 instead of 0.03")
-    for name in benchmark.observations.OBSERVATIONS:
+    weak, strong = out.split("noise of 0.1 in the observations")
+    for name in observations.OBSERVATIONS:
         assert weak.count(f"| {name} ") == 2
-        assert strong.count(f"| {name} ") == 2 * (name in benchmark.observations.TYPICAL)
-    rows = figures["observations"]
-    assert [row[0][2] for row in rows] == list(benchmark.observations.OBSERVATIONS)
-    assert all(row[-1][1].equal(benchmark.crops()[0]) for row in rows)
+        assert strong.count(f"| {name} ") == 2 * (name in observations.TYPICAL)
+    assert [row[0][2] for row in figures["observations"]] == list(observations.TYPICAL)
 
 
 def test_certification_prints_its_tables(run, monkeypatch):
     studied = []
     few = {"`adams`, 10": certify.SAMPLERS["`adams`, 10"]}
     monkeypatch.setattr(certify, "SAMPLERS", few)
-    monkeypatch.setattr(certify.observations, "TYPICAL", ("half size",))
+    monkeypatch.setattr(observations, "TYPICAL", ("half size",))
+    monkeypatch.setattr(observations, "STEPS", 2)
     monkeypatch.setattr(certify, "study_forgetting", lambda *rest: studied.append(rest[-1]))
     monkeypatch.setattr(certify, "study_nothing", lambda *rest: [{"images": len(rest[2])}])
-    line = "--sigmas 0.1 0.2 --samples 3 --observed 2 --observed-steps 2 --nothing 1"
-    out = run(certify, line)
+    out = run(certify, "--sigmas 0.1 0.2 --samples 3 --observed 2 --nothing 1")
     assert out.count("| `adams`, 10") == 5 and re.search("error at 0.1 .* error at 0.2", out)
     assert re.search(r"\| half size +\| ", out) and "|      1 |" in out and studied == [0.2]
 
