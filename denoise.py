@@ -188,11 +188,9 @@ def image_level(network, y, low, high, black=0.0, white=1.0):
     """Return the noise level of one image (1, C, H, W) and notes on it; the lowest is exactly low.
 
     Lossy files smooth the noise of colour, and strong compression the finest of brightness, too. So
-    brightness, the mean of the channels, decides, at full size or at half the size, where its level
-    is clearly higher: above that of colour and above what fine texture reads as. Coarse texture
-    reads as more, and at a quarter of the size as still more, which noise does not unless its
-    pixels share it. These are not told apart: the owner is. black, white: what 0 and 1 are in the
-    file.
+    where brightness, the mean of the channels, has a clearly higher level, at full size or at half
+    the size, it decides. If its level rises again at a quarter of the size, neighbouring pixels
+    share it. black, white: what 0 and 1 are in the file.
     """
     if low == high:
         return low, ["the only level that the network knows"]
@@ -356,12 +354,12 @@ def finite(images):
     return images.cpu()
 
 
-def save(batch, results, variance, white):
+def save(batch, results, variance):
     """Write NAME_KIND of every result but the first, and NAME_uncertainty.
 
-    results: (kind, draws, network calls), from the noisy images to the samples; a draw is
-    (B, C, H, W). variance: (B, C, H, W) or None. The uncertainty is a standard deviation, averaged
-    over 5 x 5 pixels: an array (H, W, C), and a PNG of the mean over C, of which `white` is white.
+    results: (kind, draws (B, C, H, W), network calls), from the noisy images to the samples. The
+    uncertainty is a standard deviation, averaged over 5 x 5 pixels: an array (H, W, C), and a PNG
+    of the mean over the channels whose largest value is white.
     """
     for kind, draws, _ in results[1:]:
         for number, draw in enumerate(draws, 1):
@@ -376,8 +374,9 @@ def save(batch, results, variance, white):
             npy.unlink(missing_ok=True)
             continue
         of_first_frame = variance[k * len(image.pixels)][None]
-        averaged = avg_pool2d(of_first_frame, 5, 1, 2, count_include_pad=False)[0].clamp(min=0)
-        utils.save_png(png, averaged.mean(0, keepdim=True).sqrt() / white)
+        averaged = avg_pool2d(of_first_frame, 5, 1, 2, count_include_pad=False)[0].clamp(min=1e-12)
+        shown = averaged.mean(0, keepdim=True).sqrt()
+        utils.save_png(png, shown / shown.max())
         with utils.replacing(npy) as temporary:
             np.save(temporary, averaged.sqrt().permute(1, 2, 0).numpy())
 
@@ -446,9 +445,6 @@ def save_figure(recorded):
     return path
 
 
-# -----------------------------------------------------------------------------
-
-
 def check_constants():
     utils.check(SDE in ("ve", "vp", "subvp"), "SDE", SDE, "must be one of ve, vp, subvp")
     utils.check(METHOD in methods(), "METHOD", METHOD, f"must be one of {', '.join(methods())}")
@@ -497,7 +493,7 @@ def main():
                 results.append((first, [best.cpu()], one.calls))
                 if samples:
                     results.append((METHOD, samples, recorder.calls))
-                save(batch, results, variance, sigma if A is None else 0.25)
+                save(batch, results, variance)
                 rows += table_rows(batch, sigma, results, x0, variance)
                 recorded += save_frames(batch, sigma, results, x0, recorder.frames)
         if next(images, None):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from gaussian import MU, normal, white
 from skimage import data
 from torchvision.transforms.functional import gaussian_blur
 
@@ -15,17 +16,8 @@ import denoise
 import sde
 from model import load_model
 
-MU, C = 0.4, 0.3
-
-
-def normal(*shape, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=rng)
-
-
-def white_denoiser(x, sigma):
-    s = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1)
-    return MU + C**2 / (C**2 + s**2) * (x - MU)
+C = 0.3
+white_denoiser = white(C)
 
 
 def known(x0):
