@@ -74,8 +74,11 @@ def test_windows_are_32_pixels_of_the_image_at_every_resolution():
 # -----------------------------------------------------------------------------
 
 
-def test_an_untrained_unet_is_a_wiener_estimate():
-    # All branches start at 0, which leaves c_skip: the posterior mean for pixels N(0.5, 0.25^2).
+def test_untrained_blocks_are_the_identity_and_the_unet_is_a_wiener_estimate():
+    x = images(2, 32, 6, 6)
+    assert torch.equal(ResidualBlock(32, 4)(x, images(2, 4)), x)
+    assert torch.equal(WindowAttention(32, 4)(x, None), x)
+    # The head starts at 0, which leaves c_skip: the posterior mean for pixels N(0.5, 0.25^2).
     x = images(2, 3, 8, 8)
     expected = 0.5 + 0.25**2 / (0.25**2 + 0.1**2) * (x - 0.5)
     torch.testing.assert_close(ScoreModel(**SMALL)(x, 0.1), expected)

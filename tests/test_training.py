@@ -245,7 +245,7 @@ def test_crops_are_windows_of_their_image_mirrored_and_turned(views):
 @pytest.mark.parametrize("shrink", [1, 3, 6])
 def test_shrunk_crops_are_means_of_blocks_of_a_window(shrink):
     # Values are 2 i + 1, so the mean of a block of k is a whole number: twice its first i, plus k.
-    sizes, size, count = [(40, 31), (12, 40)], 5, 1000
+    sizes, size, count = [(40, 16), (12, 40)], 5, 1000
     images = [2 * image + 1 for image in coordinates(sizes)]
     crops = random_crops(images * count, size, 1, shrink, np.random.default_rng(4)).long()
     factors = (crops[:, 1, 1, 0] - crops[:, 1, 0, 0]) // 2
@@ -266,6 +266,13 @@ def test_shrunk_crops_are_means_of_blocks_of_a_window(shrink):
                 share = (1 / factor - 1 / shrink) / (1 - 1 / shrink)
             found = (factors[k::2] >= factor).double().mean().item()
             assert abs(found - share) <= 4 * (share * (1 - share) / count) ** 0.5
+
+
+def test_shrunk_pixels_are_rounded():
+    rows, columns = np.mgrid[:14, :14]
+    image = np.stack([rows % 2 | columns % 2] * 3, 2).astype(np.uint8)  # a block means 0.75
+    crops = random_crops([image] * 50, 5, 1, 4, np.random.default_rng(5))
+    assert crops.amin((1, 2, 3)).unique().tolist() == [0, 1]  # as they are, and shrunk by 2
 
 
 def batch(step=0, seed=0, size=8, **share):
@@ -487,10 +494,11 @@ def test_cifar10_is_trained_on_without_libraries_for_images(tmp_path, images, mo
 
 def test_a_training_saves_every_some_minutes(tmp_path, images):
     clock, saved = iter(range(0, 1000, 30)), []  # each step takes 30 seconds
+    really = train_score.save
 
-    def save(run, parts, *files):
+    def save(run, *rest):
         saved.append((run["step"], round(3600 * run["hours"])))
-        run["saved"] = run["hours"]
+        really(run, *rest)
 
     time = mock.patch.object(train_score, "time", mock.Mock(perf_counter=clock.__next__))
     with mock.patch.object(train_score, "save", save), time:
@@ -504,6 +512,7 @@ def test_a_training_that_stops_or_crashes_ends_the_same(trained, images, data, t
         stopped(tmp_path, steps, number, **here)
     state, path = state_of(tmp_path), tmp_path / "checkpoints" / "score_resume.pt"
     assert state["run"]["step"] == 7 and state["run"]["images_seen"] == 28
+    assert state["run"]["test_psnr"] == {}  # measured at the end alone
     state["run"] |= {"hours": 5.0, "saved": 5.0, "hardware": "a GPU"}
     utils.save_checkpoint(path, state)
     stopped(tmp_path, 4, None, SAVE_MINUTES=0, **here)  # as step 11 ends
