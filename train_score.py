@@ -49,7 +49,7 @@ TEST = "none"  # "cifar10" (its test images) or a path: the first 1,000 are meas
 VAL_IMAGES = 500  # the last images of the data are never trained on, and validate
 CROP = 32  # side in pixels of a random crop of each image; smaller images are left out
 VIEWS = 2  # 1: each crop as it is; 2: or mirrored; 8: and turned, which helps where images are few
-SHRINK = 1  # first shrink by floor(1/u), u uniform in [1/SHRINK, 1]: shows more scales; 1: never
+SHRINK = 1  # shrink images up to so many times before the crop, at random: shows more scales
 # network
 NETWORK = "unet"  # "unet" (all noise levels) or "cnn3" (three convolutions, one noise level)
 WIDTHS = (64, 96, 128)  # unet: channels per resolution, finest first; multiples of 32 are fastest
@@ -140,16 +140,16 @@ def random_crops(images, size, views, shrink, rng):
     """Return a random crop of each of these B images: uint8 (B, 3, size, size).
 
     views: 1: as it is; 2: mirrored with probability 1/2; 8: also turned by quarter turns. shrink:
-    the pixels are means of k x k, k = floor(1/u) for u uniform in [1/shrink, 1], if the image is
-    large enough, else the largest possible k.
+    the pixels are means of k x k, k = floor(1/u) for u uniform in [1/(shrink + 1), 1], or the most
+    that the image is large enough for.
     """
     utils.check(shrink >= 1, "SHRINK", shrink, "must be at least 1")
     count, crops = len(images), []
-    shares = rng.uniform(1 / shrink, 1, count)
+    shares = rng.uniform(1 / (shrink + 1), 1, count)
     draws = zip(images, shares, rng.random((count, 2)), rng.integers(views, size=count))
     for image, share, place, view in draws:
         height, width = image.shape[:2]
-        k = min(int(1 / share), height // size, width // size)
+        k = min(int(1 / share), shrink, height // size, width // size)
         side = k * size
         top, left = int(place[0] * (height - side + 1)), int(place[1] * (width - side + 1))
         crop = image[top : top + side, left : left + side]
