@@ -37,13 +37,6 @@ class White:
         return 0.5 + self.c**2 / (self.c**2 + variance) * (x - 0.5)
 
 
-class Pale(White):
-    """A network that gives half of the contrast that it should."""
-
-    def __call__(self, x, sigma):
-        return 0.5 + (super().__call__(x, sigma) - 0.5) / 2
-
-
 def clean(count, size, c=C):
     return 0.5 + c * normal(count, 3, size, size, seed=0)
 
@@ -71,30 +64,20 @@ def figures(monkeypatch):
 # -----------------------------------------------------------------------------
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say_for_exact_samples_alone():
+@pytest.mark.parametrize("s", [0.0, 0.14])
+def test_exact_samples_and_states_hold_the_truth_as_often_as_they_say(s):
+    # At every level x_s given y is Gaussian; at 0 it is the clean image.
     x0, y = clean_and_noisy(40, 16)
-    mean, deviation = 0.5 + C**2 / (C**2 + S**2) * (y - 0.5), C * S / math.hypot(C, S)
-    found = certify.intervals(mean + deviation * normal(19, *x0.shape, seed=2), x0, "truth")
-    assert abs(found["truth in 50%"] - 0.5) < 4 * 0.5 / x0.numel() ** 0.5
-    assert abs(found["truth in 90%"] - 0.9) < 4 * 0.3 / x0.numel() ** 0.5
+    share = (C**2 + s**2) / (C**2 + S**2)
+    mean, deviation = 0.5 + share * (y - 0.5), math.sqrt(share * (S**2 - s**2))
+    truth = certify.state_of(x0, y, S, s, 3)
+    found = certify.intervals(mean + deviation * normal(19, *x0.shape, seed=2), truth, "")
+    assert abs(found[" in 50%"] - 0.5) < 4 * 0.5 / x0.numel() ** 0.5
+    assert abs(found[" in 90%"] - 0.9) < 4 * 0.3 / x0.numel() ** 0.5
     narrow = mean + 0.9 * deviation * normal(19, *x0.shape, seed=2)
-    assert certify.intervals(narrow, x0, "truth")["truth in 90%"] < 0.89
+    assert certify.intervals(narrow, truth, "")[" in 90%"] < 0.89
     with pytest.raises(ValueError, match="5 samples"):
         certify.coverage(narrow[:5], x0, 0.9)
-
-
-def test_exact_states_hold_the_state_of_the_truth_as_often_as_they_should():
-    # In the middle of the way x_s given y is Gaussian, too. The truth itself has another law.
-    x0, y = clean_and_noisy(40, 16)
-    s = 0.14
-    share = (C**2 + s**2) / (C**2 + S**2)
-    deviation = math.sqrt(share * (S**2 - s**2))
-    states = 0.5 + share * (y - 0.5) + deviation * normal(19, *x0.shape, seed=2)
-    of_truth = certify.state_of(x0, y, S, s, 3)
-    for size, error in ((0.5, 0.5), (0.9, 0.3)):
-        held = certify.coverage(states, of_truth, size)
-        assert abs(held - size) < 4 * error / x0.numel() ** 0.5
-        assert abs(certify.coverage(states, x0, size) - size) > 0.01
 
 
 def test_the_ratios_standard_error_is_that_of_repetitions():
@@ -140,8 +123,9 @@ def test_samples_from_nothing_have_the_power_of_the_prior(figures):
     pale = x0.mean(1, keepdim=True) + 0.5 * (x0 - x0.mean(1, keepdim=True))
     share = certify.spectrum(pale, pale) / certify.spectrum(x0, x0)
     torch.testing.assert_close(share, torch.tensor([[1.0] * 3, [0.25] * 3]).double())
-    row = certify.study_nothing(Path("pale.png"), Pale(), x0, "cpu")[-1]
-    assert abs(row["brightness above"] - 2) < 0.1  # one step needs twice its contrast
+    row = certify.study_nothing(Path("pale.png"), White(C / 2), x0, "cpu")[-1]
+    gain = (C / 2) ** 2 / ((C / 2) ** 2 + 0.1**2)  # too low for this prior
+    assert abs(row["brightness above"] - C**2 / (C**2 + 0.1**2) / gain) < 0.1
 
 
 # -----------------------------------------------------------------------------
@@ -246,32 +230,28 @@ def test_samples_of_an_observation_must_scatter_as_far_as_their_mean_is_off(monk
 
 
 def test_methods_are_compared_on_the_same_images(monkeypatch):
-    x0, names = clean(3, 16), ("half size", "quarter size", "colour from grey")
+    x0, name = clean(3, 16), "colour from grey"
+    y = observations.observe(observations.OBSERVATIONS[name], x0, SIGMA_Y, 0)
     monkeypatch.setattr(observations, "STEPS", 3)
+    monkeypatch.setattr(observations, "STRENGTHS", (0.5, 0.9, 0.8))
 
     def splitting(model, y, A, sigma_y, like, noise, strength):
         return 0.5 + strength * (x0 - 0.5)
 
     monkeypatch.setattr(observations, "splitting", splitting)
-    monkeypatch.setattr(observations, "STRENGTHS", (0.5, 0.9, 0.8))
-    rows, panels = observations.compare(White(), x0, SIGMA_Y, 0, 2, names)
-    table = {(row["observation"], row["method"]): row for row in rows}
-    for name in names:
-        best, two, mean = (
-            table[name, method] for method in ("splitting", "mean of 8 samples", "posterior mean")
-        )
-        psnr = utils.psnr(0.5 + 0.9 * (x0 - 0.5), x0)
-        assert abs(best["PSNR dB"] - psnr.mean()) < 1e-6 and best["less splitting"] == 0
-        assert (best["images"], two["images"], two["network calls"]) == (3, 2, 24)
-        assert abs(two["less splitting"] - (two["PSNR dB"] - psnr[:2].mean())) < 1e-6
-        assert mean["PSNR dB"] > two["PSNR dB"] > table[name, "one sample"]["PSNR dB"]
-    assert [row[0][2] for row in panels] == ["half size", "colour from grey"]
+    rows, (panel,) = observations.compare(White(), x0, SIGMA_Y, 0, 2, (name, "quarter size"))
+    psnr = utils.psnr(0.5 + 0.9 * (x0 - 0.5), x0)  # of the best strength
+    grey, best, sample, mean, pair = rows[:5]
+    assert abs(best["PSNR dB"] - psnr.mean()) < 1e-6 and best["less splitting"] == 0
+    assert [row["images"] for row in rows] == 2 * [3, 3, 2, 2, 3]
+    assert [row["network calls"] for row in rows] == 2 * [0, 24, 3, 24, 24]
+    assert abs(mean["less splitting"] - (mean["PSNR dB"] - psnr[:2].mean())) < 1e-6
+    assert pair["PSNR dB"] > mean["PSNR dB"] > sample["PSNR dB"]
     titles = ["observation", "classical", "splitting", "one sample", "posterior mean"]
-    assert [title for title, _, _ in panels[0]] == [*titles, "clean image"]
-    grey = observations.observe(observations.OBSERVATIONS[names[2]], x0, SIGMA_Y, 0)[0]
-    assert panels[1][0][1].equal(grey) and panels[1][-1][1].equal(x0[0])
-    assert panels[1][1][1].std(0).max() < 1e-3  # the classical image is grey
-    rows, _ = observations.compare(White(), x0, SIGMA_Y, 0, 0, names[:1])
+    assert [title for title, _, _ in panel] == [*titles, "clean image"] and panel[0][2] == name
+    assert panel[0][1].equal(y[0]) and panel[-1][1].equal(x0[0])
+    assert panel[1][1].std(0).max() < 1e-3  # the classical image is grey
+    rows, _ = observations.compare(White(), x0, SIGMA_Y, 0, 0, (name,))
     assert [row["method"] for row in rows] == ["classical", "splitting", "posterior mean"]
 
 
