@@ -258,7 +258,7 @@ def test_shrunk_crops_are_means_of_blocks_of_a_window(shrink):
             assert starts.min() == 0 and ends.max() == shape[axis]
     for k, shape in enumerate(sizes):
         most = min(shape) // size
-        for factor in range(2, 9):  # floor(1 / u) is at least that, u uniform in [1/(shrink + 1), 1]
+        for factor in range(2, 9):  # floor(1 / u) is at least that; u in [1 / (shrink + 1), 1]
             share = 0.0
             if factor <= min(most, shrink):
                 lowest = 1 / (shrink + 1)
