@@ -7,8 +7,9 @@
     python denoise.py photo.png --mask holes.png    # fill in what is white; also --blur, --enlarge
     python denoise.py --help                        # every constant below is an option
 
-Noise is added to the built-in images alone; yours are taken to be noisy. In output/, NAME_mmse has
-the smallest mean squared error, NAME_sde is a sample: sharp, its finest texture invented.
+Noise is added to the built-in images alone; yours are taken to be noisy. In output/, NAME_mmse (of
+an observation NAME_mean) has the smallest mean squared error. NAME_sde is a sample, of several
+NAME_sde_1, NAME_sde_2, ...: sharp, its finest texture invented.
 """
 
 import signal
@@ -46,7 +47,7 @@ MASK = "none"  # file of a mask, white where the image is missing; or the share 
 BLUR = 0.0  # standard deviation, in pixels, of a Gaussian blur to undo
 ENLARGE = 1  # how many times larger to make the image, both ways
 # method
-CHECKPOINT = "auto"  # of train_score.py; "auto": for photographs above 64 pixels, else CIFAR-10
+CHECKPOINT = "auto"  # of train_score.py; "auto": that for photographs for yours above 64 pixels
 METHOD = "sde"  # "mmse" (one call), "sde" (sample), "ode", or another name in methods() below
 STEPS = None  # noise levels of METHOD, not of an observation's mean; none: as many as it needs
 DRAWS = None  # samples of each image; none: 2 of built-in images, 1 of yours, 4 of observations
@@ -91,9 +92,10 @@ def langevin(denoiser, y, levels, noise):
 def batches(images, pixels=2**20):
     """Yield lists of consecutive Images of one shape whose noise has one level."""
     known = SIGMA or MASK != "none" or BLUR or ENLARGE > 1
-    for key, alike in itertools.groupby(images, lambda image: (image.builtin, image.pixels.shape)):
-        builtin, (frames, height, width, _) = key
-        most = max(1, pixels // (frames * height * width)) if builtin or known else 1
+    kinds = itertools.groupby(images, lambda image: (image.builtin, image.pixels.shape))
+    for (builtin, (frames, height, width, _)), alike in kinds:
+        size = frames * height * width * ENLARGE**2
+        most = max(1, pixels // size) if builtin or known else 1
         while batch := list(itertools.islice(alike, most)):
             yield batch
 
@@ -108,7 +110,7 @@ def load(checkpoint, device):
 def checkpoint_for(image):
     if CHECKPOINT != "auto":
         return CHECKPOINT
-    large = max(image.pixels.shape[1:3]) > 64 and not image.builtin
+    large = ENLARGE * max(image.pixels.shape[1:3]) > 64 and not image.builtin
     return f"checkpoints/score_{'photographs' if large else 'cifar10'}.pt"
 
 
@@ -121,6 +123,8 @@ def noisy_images(batch, rng, device, notify):
     x0, y, A, builtin = None, x, observation(x.shape[2:], notify), batch[0].builtin
     sigma = SIGMA or (0.02 if A else 0.1 if builtin else None)
     if builtin:
+        most = min(x.shape[2:])
+        utils.check(most >= ENLARGE, "ENLARGE", ENLARGE, f"must be at most {most} here")
         height, width = (n // ENLARGE * ENLARGE for n in x.shape[2:])
         x0 = x[:, :, :height, :width]
         y = add_noise(A(x0) if A else x0, sigma, rng)
@@ -185,7 +189,7 @@ _CORRELATED = "fine texture, or noise that neighbouring pixels share; if noise, 
 
 
 def image_level(network, y, low, high, black=0.0, white=1.0):
-    """Return the noise level of one image (1, C, H, W) and notes on it; the lowest is exactly low.
+    """Return the noise level of one image (frames, C, H, W) and notes; the lowest is exactly low.
 
     Lossy files smooth the noise of colour, and strong compression the finest of brightness, too. So
     where brightness, the mean of the channels, has a clearly higher level, at full size or at half
@@ -265,12 +269,17 @@ def level_range(model, y):
     return model.sigma_min / factor, model.sigma_max / factor
 
 
-def grey(denoiser, y):
-    """Return the denoiser, made one of grey images where y, (B, 1 or 3, H, W), is grey."""
-    if y.shape[1] == 3:
+def grey(denoiser, like):
+    """Return the denoiser, made one of grey images if `like`, (B, 1 or 3, H, W), is grey."""
+    if like.shape[1] == 3:
         return denoiser
-    noise = utils.seeded_noise([2**31], y.device)  # a seed that no sample has
-    return sde.grey(denoiser, noise(y[:1].expand(1, 3, -1, -1)))
+    noise = utils.seeded_noise([2**32], like.device)  # above all seeds of samples
+    return sde.grey(denoiser, noise(like[:1].expand(1, 3, -1, -1)))
+
+
+def canvas(y):
+    """Return zeros in the size of the images of which y are the observations."""
+    return y.new_zeros(*y.shape[:2], *(n * ENLARGE for n in y.shape[2:]))
 
 
 def unchanged(y, sigma):
@@ -280,7 +289,7 @@ def unchanged(y, sigma):
 def level_and_denoiser(model, network, y, sigma, image, notify):
     """Return the noise level, estimated if it is None, and the denoiser of images like y."""
     if sigma:
-        return sigma, grey(network, y)
+        return sigma, grey(network, canvas(y))
     low, high = level_range(model, y)
     sigma, notes = image_level(network, y, low, min(high, 1.0), image.black, image.white)
     notify(", ".join([f"{image.name}: noise level estimated at {sigma:.4f}", *notes]))
@@ -295,15 +304,19 @@ def plan(model, y, A, sigma, builtin):
     (sampler, steps, is_sample), (low, high) = methods()[METHOD], level_range(model, y)
     draws = DRAWS or (4 if A else 2 if builtin else 1)
     draws = 0 if METHOD == "mmse" else draws if is_sample else 1
-    if steps > 1 and low == high:
-        raise ValueError(f"--method {METHOD} needs many noise levels, the network knows only {low}")
-    if A and steps > 1:
+    if low == high and (steps > 1 or A):
+        what = "an observation" if A else f"--method {METHOD}"
+        raise ValueError(f"{what} needs many noise levels, the network knows only {low}")
+    if A:
+        utils.check(
+            METHOD != "langevin", "METHOD", METHOD, "must have many levels for observations"
+        )
         return sampler, sde.noise_levels(high, low, STEPS or max(30, steps), math.inf), draws
-    if not A and not low <= sigma <= high:
+    if not low <= sigma <= high:
         trained = f"the range {low:.2g} to {high:.2g} that the network was trained on"
         raise ValueError(f"noise level {sigma:g} is outside {trained}")
-    if sigma == low < high:
-        sampler = sde.adams  # at the lowest level Langevin updates have nothing to remove
+    if METHOD == "langevin" and sigma == low < high:
+        sampler = sde.adams  # there is nothing for Langevin updates to remove
     return sampler, sde.noise_levels(sigma, low, 1 if steps == 1 else STEPS or steps), draws
 
 
@@ -314,22 +327,22 @@ def seeds_of(y, draw):
 
 
 def posterior_mean(denoiser, y, A, sigma):
-    like = y.new_zeros(*y.shape[:2], *(n * ENLARGE for n in y.shape[2:]))
     noise = utils.seeded_noise(seeds_of(y, "mean"), y.device)
-    return sde.posterior_mean(denoiser, y, A, sigma, like, noise=noise)
+    return sde.posterior_mean(denoiser, y, A, sigma, canvas(y), noise=noise)
 
 
 def uncertainty(denoiser, y, sigma, A, samples):
     """Return the variance of every pixel of x0 given y, (B, C, H, W), or None if there is none.
 
-    By the Jacobian of the denoiser or, given an observation, as the spread of the samples.
+    By the Jacobian of the denoiser or, given an observation, as the spread of the samples. There is
+    none for one sample, for an image without noise, and for more than 64 images at once.
     """
     if A is not None:
         return torch.stack(samples).var(0) if len(samples) > 1 else None
     if denoiser is unchanged or len(y) > 64:
         return None
     probes = max(1, min(8, 2**21 // y[0, 0].numel()))  # of a large image, one says enough
-    noise = utils.seeded_noise(seeds_of(y, 0), y.device)
+    noise = utils.seeded_noise(seeds_of(y, "probes"), y.device)
     return sde.expected_error(denoiser, y, sigma, probes, noise)[1].cpu()
 
 
@@ -358,8 +371,8 @@ def save(batch, results, variance):
     """Write NAME_KIND of every result but the first, and NAME_uncertainty.
 
     results: (kind, draws (B, C, H, W), network calls), from the noisy images to the samples. The
-    uncertainty is a standard deviation, averaged over 5 x 5 pixels: an array (H, W, C), and a PNG
-    of the mean over the channels whose largest value is white.
+    uncertainty is the root of the variance's mean over 5 x 5 pixels, of the first frame: an array
+    (H, W, C), and a PNG of the channels together, whose largest value is white.
     """
     for kind, draws, _ in results[1:]:
         for number, draw in enumerate(draws, 1):
@@ -406,7 +419,7 @@ def table_rows(batch, sigma, results, x0, variance):
 
 
 def summary(rows):
-    """Return the lines of the table: all of few images and, where the truth is known, the means."""
+    """Return the rows to print: all of few images and, where the truth is known, their means."""
     if "PSNR dB" not in rows[0] or rows[0]["image"] == rows[-1]["image"]:
         return rows
     return (rows if len(rows) <= 64 else []) + utils.means(rows, "method", "image")
@@ -470,11 +483,12 @@ def main():
             network = utils.tiled(model, update=bar.update)
             with leaving_out(batch, failures, bar.write):
                 # The noisy images or observations, their noise level, and the denoiser for them.
-                y, x0, A, given = noisy_images(batch, rng, device, bar.write)
-                sigma, denoiser = level_and_denoiser(model, network, y, given, batch[0], bar.write)
+                y, x0, A, known = noisy_images(batch, rng, device, bar.write)
+                sigma, denoiser = level_and_denoiser(model, network, y, known, batch[0], bar.write)
                 sampler, levels, draws = plan(model, y, A, sigma, batch[0].builtin)
 
-                # The estimate of smallest squared error: in one call or, of an observation, in 12.
+                # The estimate of smallest squared error: in one call or, of an observation, in
+                # 12 calls on pairs.
                 one = utils.Recorder(denoiser, 0)
                 best = one(y, sigma) if A is None else posterior_mean(one, y, A, sigma)
 

@@ -253,7 +253,7 @@ class ScoreModel(nn.Module):
         return 0.5 + c_skip * centred + c_out * self._features(c_in * centred, log_sigma)
 
     def score(self, x, sigma):
-        """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, shape of x."""
+        """Return grad_x log p_sigma(x) = (E[x0 | x] - x) / sigma^2, like x; sigma above 0."""
         return (self(x, sigma) - x) / _per_image(sigma, x) ** 2
 
     def _features(self, *inputs):

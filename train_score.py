@@ -89,7 +89,7 @@ def denoising_loss(model, x0, sigma, noise):
 
 
 def typical_error(sigma):
-    """Return about the mean squared error of a good denoiser on CIFAR-10: sigma^2, at most 0.07."""
+    """Return about the mean squared error of a good denoiser on CIFAR-10, by a fitted formula."""
     return sigma**2 / (1 + sigma / 0.014 + sigma**2 / 0.07)
 
 
@@ -100,7 +100,8 @@ def noise_law(u, low, high, tails):
     """
     utils.check(0 < tails < 0.5, "TAILS", tails, "must lie between 0 and 0.5")
     law = [(0, low), (tails, 0.015), (1 - tails, 0.7), (1, high)]
-    quantiles, sigmas = zip(*((v, s) for v, s in law if low <= s <= high))
+    inner = [(v, s) for v, s in law[1:3] if low < s < high]
+    quantiles, sigmas = zip(law[0], *inner, law[3])
     return np.exp(np.interp(u, quantiles, np.log(sigmas)))
 
 
@@ -198,7 +199,8 @@ class Muon(torch.optim.Optimizer):
     """Move each weight along the orthogonal matrix nearest to its momentum (Jordan et al. 2024).
 
     So all its directions learn at one pace. A convolution (out, in, h, w) is a matrix (out, in * h
-    * w). The length of a step is Adam's (Liu et al. 2025, eq. 4). dtype: of the matrix products.
+    * w), which torch.optim.Muon does not take. The momentum is 0.95, the length of a step Adam's
+    and the weight decay 0.1 (Liu et al. 2025, eq. 4). dtype: of the matrix products.
     """
 
     def __init__(self, weights, lr, dtype=torch.float32):
@@ -260,14 +262,16 @@ def validate(model, images, step, kind="val"):
     return means
 
 
-def mean_loss(run, model):
-    """Return the mean loss since the last logged; raises ValueError if the training diverged."""
-    loss = sum(map(float, run["recent"])) / max(1, len(run["recent"]))
+def mean_loss(run):
+    return sum(map(float, run["recent"])) / max(1, len(run["recent"]))
+
+
+def check_divergence(run, model):
+    """Raise ValueError if the loss or a weight shows that the training diverged."""
     finite = all(weight.isfinite().all() for weight in model.parameters())
-    if not (loss < 1e4 and finite):  # an untrained network's is about 10, a good one's about 1
+    if not (mean_loss(run) < 1e4 and finite):  # an untrained network's is about 10, a good one's 1
         words = "what was saved is kept, lower --lr"
         raise ValueError(f"the training diverged before step {run['step']}: {words}")
-    return loss
 
 
 def files_of(name):
@@ -280,8 +284,8 @@ def files_of(name):
 
 def save(run, parts, network, resume, figure):
     """Write what the training goes on from, then the network and its curves."""
-    mean_loss(run, parts["model"])  # nothing diverged is saved
-    run["saved"] = run["hours"]
+    check_divergence(run, parts["model"])
+    run["hours_saved"] = run["hours"]
     states = {name: part.state_dict() for name, part in parts.items()}
     utils.save_checkpoint(resume, states | {"run": run})
     config = parts["model"].config
@@ -289,7 +293,7 @@ def save(run, parts, network, resume, figure):
     utils.plot_training(figure, run["losses"], run["psnrs"])
 
 
-def begin(images, hardware, parts, network, resume):
+def start_or_resume(images, hardware, parts, network, resume):
     """Return the numbers of a training: new ones or, with the states of its parts, the saved ones.
 
     losses: [[images seen, mean loss], ...]. recent: the losses since. psnrs: [[images seen, {noise
@@ -303,7 +307,7 @@ def begin(images, hardware, parts, network, resume):
     if not resume.exists():
         if network.exists():
             raise ValueError(f"'{network}' exists, but not '{resume.name}': choose another --name")
-        run = {"step": 0, "images_seen": 0, "hours": 0.0, "saved": 0.0}  # the last: hours at a save
+        run = {"step": 0, "images_seen": 0, "hours": 0.0, "hours_saved": 0.0}
         run |= {"recent": [], "losses": [], "psnrs": [], "test_psnr": {}}
         return run | {"training_images": len(images), "checksum": checksum} | now
     kept = load_checkpoint(resume)
@@ -361,6 +365,10 @@ def check_options(world):
     utils.check(BATCH_SIZE > 0 and BATCH_SIZE % world == 0, "BATCH_SIZE", BATCH_SIZE, words)
     utils.check(len(SIGMAS) <= 2, "SIGMAS", SIGMAS, "must be the lowest and the highest, or one")
     utils.check(CLIP > 0, "CLIP", CLIP, "must be positive")
+    utils.check(EPOCHS > 0, "EPOCHS", EPOCHS, "must be positive")
+    utils.check(0 <= DECAY <= 1, "DECAY", DECAY, "must lie between 0 and 1")
+    utils.check(0 <= EMA < 1, "EMA", EMA, "must lie between 0 and 1")
+    utils.check(VIEWS in (1, 2, 8), "VIEWS", VIEWS, "must be 1, 2 or 8")
 
 
 def build_model(device):
@@ -383,19 +391,20 @@ def build_model(device):
 def read_data(rank, device):
     """Return the images to train on, and uint8 (N, 3, CROP, CROP) to validate and to test."""
     if rank > 0:
-        total(0)  # the first process reads before the others: it may have to download
+        dist.barrier()  # the first process reads before the others: it may have to download
     images, tests = utils.training_images(DATA, smallest=CROP, notify=say), []
     if TEST != "none":
         tests = utils.training_images(TEST, train=False, smallest=CROP, notify=say)[:1000]
-    if rank == 0:
-        total(0)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
     words = f"must leave some of the {len(images)} images of '{DATA}' to train on"
     utils.check(0 < VAL_IMAGES < len(images), "VAL_IMAGES", VAL_IMAGES, words)
-    measured = []
-    for image in (*images[-VAL_IMAGES:], *tests):
-        measured.append(utils.crop(torch.tensor(image).permute(2, 0, 1), CROP))
-    measured = torch.stack(measured).to(device)
-    return images[:-VAL_IMAGES], measured[:VAL_IMAGES], measured[VAL_IMAGES:]
+    return images[:-VAL_IMAGES], middle(images[-VAL_IMAGES:], device), middle(tests, device)
+
+
+def middle(images, device):
+    crops = [utils.crop(torch.tensor(image).permute(2, 0, 1), CROP) for image in images]
+    return torch.stack(crops).to(device) if crops else []
 
 
 def progress_bar(run, model, steps, rank):
@@ -427,7 +436,7 @@ def main():
     log_steps, val_steps = max(1, min(100, steps // 10)), max(1, steps // 20)
 
     with utils.locked(*files) if rank == 0 else contextlib.nullcontext():
-        run = begin(images, utils.hardware(device, world), parts, *files[:2])
+        run = start_or_resume(images, utils.hardware(device, world), parts, *files[:2])
         bar, signals = progress_bar(run, model, steps, rank), note_signals()
         began = time.perf_counter() - 3600 * run["hours"]
         for step in range(run["step"], steps):
@@ -446,12 +455,13 @@ def main():
             run["recent"].append(total(loss.detach()) / world)
             bar.update(BATCH_SIZE)
             if run["step"] % log_steps == 0:
-                run["losses"].append([run["images_seen"], mean_loss(run, model)])
+                check_divergence(run, model)
+                run["losses"].append([run["images_seen"], mean_loss(run)])
                 run["recent"] = []
                 bar.set_postfix(loss=f"{run['losses'][-1][1]:.4f}")
             if rank == 0 and (steps - run["step"]) % val_steps == 0:
                 run["psnrs"].append([run["images_seen"], validate(average, val, step + 1)])
-            if rank == 0 and run["hours"] - run["saved"] > SAVE_MINUTES / 60:
+            if rank == 0 and run["hours"] - run["hours_saved"] > SAVE_MINUTES / 60:
                 save(run, parts, *files)
             if total(len(signals)):  # to any of the processes
                 break

@@ -243,7 +243,7 @@ def _builtin(source):
     if source == "cifar10":
         named = ((f"cifar10_{k:05d}", x) for k, x in enumerate(_cifar10(train=False)))
     for name, x in named:
-        yield Image(_pixels(x[None], 0, 255), name, builtin=True, values=x[None])
+        yield Image(x[None] / np.float32(255), name, builtin=True, values=x[None])
 
 
 def _read(path, name, black, white, notify):
@@ -254,6 +254,8 @@ def _read(path, name, black, white, notify):
             raise ValueError("not a regular file")  # to open a pipe would wait for ever
         if suffix == ".npy":
             values, spec = np.load(path, allow_pickle=False), None
+            if values.ndim > 2 and values.shape[-1] == 2:
+                raise ValueError("2 channels; save it as grey or RGB")
         else:
             values, spec = _read_oiio(path, notify)
         frames = np.expand_dims(values, LACKING.get(values.ndim, ()))
@@ -316,7 +318,7 @@ def _read_oiio(path, notify):
 
 def _pixels(values, black, white):
     with np.errstate(over="ignore", invalid="ignore"):
-        pixels = (values.astype(np.float32) - np.float32(black)) / np.float32(white - black)
+        pixels = ((values.astype(np.float64) - black) / (white - black)).astype(np.float32)
     if not np.isfinite(pixels).all():
         raise ValueError("values that are not numbers")
     grey = (pixels[..., 1:] == pixels[..., :1]).all()
@@ -378,7 +380,7 @@ def training_images(source, train=True, smallest=32, notify=print):
     photographs), or a path as in read_images. What is smaller than `smallest` pixels on a side or
     cannot be read is left out, named and counted. Raises ValueError if nothing is left.
     """
-    if source == "cifar10":
+    if source == "cifar10" and smallest <= 32:
         return _cifar10(train)
     if source == "samples":
         return [photograph for _, photograph in sample_photographs()]
@@ -495,8 +497,9 @@ def tiled(denoiser, pixels=2**18, halo=64, update=None):
 
     A batch (B, C, H, W) is split into smaller ones, a large image into tiles. Each tile sees `halo`
     pixels around it, about the network's reach, so the seams differ from the whole image by little
-    more than rounding; tiles start on the grid of 32 pixels that the network's attention has. For
-    a gradient every part is computed again, to keep memory small.
+    more than rounding; tiles start on the grid of 32 pixels that the network's attention has. sigma
+    is a number or a tensor. For a gradient each of several parts is computed again, to keep memory
+    small.
     update: called with the share of a whole call that is done, for a progress bar.
     """
 
@@ -584,8 +587,7 @@ def replacing(path):
             _remove(path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        kept = "what was there before is unchanged"
-        raise OSError(f"'{path}' cannot be written ({error}); {kept}") from error
+        raise OSError(f"'{path}' cannot be written ({error})") from error
     finally:
         _remove(temporary)
 
@@ -598,7 +600,7 @@ def _remove(path):
 
 @contextlib.contextmanager
 def locked(*paths):
-    """Let one process at a time write these files; ValueError if another holds the first."""
+    """Make the folders of files; ValueError if another process is writing the first of them."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
