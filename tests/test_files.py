@@ -131,7 +131,7 @@ KINDS = {
     "TIFF of pages": (pages(*PAGES), PAGES, ".tif"),
 }
 ARRAYS = [values(dtype) for dtype in ("u1", ">u2", "i2", "f2", "f4", "f8")]
-ARRAYS += [G8[..., 0], G8, LA8, RGBA8, *(values("u1", channels, 5) for channels in (1, 2, 3, 4))]
+ARRAYS += [G8[..., 0], G8, RGBA8, *(values("u1", channels, 5) for channels in (1, 3, 4))]
 KINDS |= {f"array of {x.dtype.str}, {x.shape}": (npy(x), x, ".npy") for x in ARRAYS}
 
 

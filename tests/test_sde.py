@@ -138,6 +138,7 @@ two_updates = functools.partial(sde.langevin, DENOISER, normal(1, 3, 4, 4), sigm
         (given(sde.annealed_langevin), "delta", [0.0, 2.0, math.nan]),
         (two_updates, "sigma", [0.0, math.nan]),
         (two_updates, "step_size", [-1.0, math.nan]),
+        (two_updates, "temperature", [-1.0, math.nan]),
         (two_updates, "steps", [0, 2.5]),
     ],
 )
