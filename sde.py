@@ -20,6 +20,7 @@ and returns its state.
 import functools
 from itertools import pairwise
 from math import exp, expm1, inf, log, sqrt
+from numbers import Integral
 
 import scipy.fft
 import torch
@@ -309,7 +310,7 @@ def langevin(
     temperature = sigma**2 if temperature is None else temperature
     proper = sigma > 0 and step_size > 0 and temperature >= 0 and _is_count(steps)
     given = (sigma, step_size, temperature, steps)
-    _check(proper, "sigma, step_size, temperature and steps must be positive", given)
+    _check(proper, "sigma, step_size and steps must be positive, temperature at least 0", given)
     x = y
     for _ in range(steps):
         score = (denoiser(x, sigma) - x) / sigma**2
@@ -323,7 +324,7 @@ def _check(condition, words, value):
 
 
 def _is_count(n):
-    return isinstance(n, int) and n >= 1
+    return isinstance(n, Integral) and n >= 1
 
 
 # -----------------------------------------------------------------------------
@@ -498,7 +499,7 @@ def natural_power(x):
         c exp(-10.6 (f^2 + g^2)) / ((f + g)^2 + 0.07 / (H W)),  f and g in cycles a pixel,
 
     photographs' 1 / f^2 at any size, softened, with one number c each for grey, red - blue and
-    green - the rest. Within a factor of 1.4 (rms) for CIFAR-10's training images.
+    green - the rest. Within a factor of 1.3 (rms) of the power of CIFAR-10's training images.
     """
     f, g = (torch.arange(n, dtype=x.dtype, device=x.device) / (2 * n) for n in x.shape[2:])
     f = f[:, None]
