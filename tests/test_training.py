@@ -115,7 +115,7 @@ def equal(a, b):
 
 
 def same_training(first, second):
-    some = {"hours": 0, "saved": 0, "options": 0}
+    some = {"hours": 0, "hours_saved": 0, "options": 0}
     first, second = (kept | {"run": kept["run"] | some} for kept in (first, second))
     return equal(first, second)
 
@@ -512,7 +512,7 @@ def test_a_training_that_stops_or_crashes_ends_the_same(trained, images, data, t
     state, path = state_of(tmp_path), tmp_path / "checkpoints" / "score_resume.pt"
     assert state["run"]["step"] == 7 and state["run"]["images_seen"] == 28
     assert state["run"]["test_psnr"] == {}  # measured at the end alone
-    state["run"] |= {"hours": 5.0, "saved": 5.0, "hardware": "a GPU"}
+    state["run"] |= {"hours": 5.0, "hours_saved": 5.0, "hardware": "a GPU"}
     utils.save_checkpoint(path, state)
     stopped(tmp_path, 4, None, SAVE_MINUTES=0, **here)  # as step 11 ends
     assert state_of(tmp_path)["run"]["step"] == 10
@@ -589,7 +589,7 @@ def test_a_divergence_keeps_the_last_state(images, tmp_path):
 def test_a_loss_or_weight_that_is_no_number_is_a_divergence():
     model, broken = ScoreModel("cnn3", 0.1, 0.1), ScoreModel("cnn3", 0.1, 0.1)
     broken.net.layers[0].bias.data[0] = math.inf
-    assert train_score.mean_loss({"recent": [torch.tensor(8.0), torch.tensor(12.0)]}, model) == 10
+    assert train_score.mean_loss({"recent": [torch.tensor(8.0), torch.tensor(12.0)]}) == 10
     for part, recent in ((model, [1e6]), (model, [1.0, math.nan]), (broken, [])):
         with pytest.raises(ValueError, match="diverged before step 30"):
             train_score.save({"step": 30, "recent": recent}, {"model": part}, *"abc")
@@ -681,7 +681,8 @@ def test_the_first_process_downloads_before_the_others_read(monkeypatch, rank, o
     events = []
     reads = mock.Mock(side_effect=lambda *a, **k: events.append("reads") or [*pixels(9, 8, 8, 1)])
     monkeypatch.setattr(utils, "training_images", reads)
-    monkeypatch.setattr(train_score, "total", lambda number: events.append("waits"))
+    monkeypatch.setattr(train_score.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train_score.dist, "barrier", lambda: events.append("waits"))
     with mock.patch.multiple(train_score, VAL_IMAGES=2, CROP=8):
         train_score.read_data(rank, "cpu")
     assert events == order
