@@ -1,6 +1,8 @@
 """denoise.py as a user runs it, in this process, with a network that is known in closed form."""
 
 import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,34 +26,42 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd, checkpoint):
-    """Run denoise.py in tmp_path with these words; return what it wrote to stdout and stderr.
+def run_script(tmp_path, monkeypatch, capfd):
+    """Run main() of a script in tmp_path with these words; return what it wrote to stdout, stderr.
 
-    The network is `checkpoint`, in float32 on the CPU, unless the words say otherwise.
+    constants: those that are not as in the script unless the words say otherwise.
     """
-    constants = {name: value for name, value in vars(denoise).items() if name.isupper()}
     monkeypatch.chdir(tmp_path)
-    denoise.load.cache_clear()
 
-    def run_once(words, code=0):
-        vars(denoise).update(constants)
-        denoise.CHECKPOINT, denoise.DEVICE, denoise.PRECISION = str(checkpoint), "cpu", "float32"
+    def run_once(script, words, code=0, positional=None, **constants):
         words = words.split() if isinstance(words, str) else words
-        monkeypatch.setattr(sys, "argv", ["denoise.py", *words])
+        monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *words])
         capfd.readouterr()
-        try:
-            with torch.no_grad():
-                utils.run_script(denoise.main, vars(denoise), positional="INPUT")
-            found = 0
-        except SystemExit as stop:
-            found = stop.code
+        found = 0
+        with mock.patch.dict(vars(script), constants):  # and as they were, afterwards
+            try:
+                utils.run_script(script.main, vars(script), positional)
+            except SystemExit as stop:
+                found = stop.code
         out, err = capfd.readouterr()
         err = "".join(line for line in err.splitlines(True) if not line.startswith("libpng "))
         assert found == code or found in np.atleast_1d(code), out + err
         return out, err
 
-    yield run_once
-    vars(denoise).update(constants)
+    return run_once
+
+
+@pytest.fixture
+def run(run_script, checkpoint):
+    """Run denoise.py, with `checkpoint` in float32 on the CPU, unless the words say otherwise."""
+    denoise.load.cache_clear()
+    constants = {"CHECKPOINT": str(checkpoint), "DEVICE": "cpu", "PRECISION": "float32"}
+
+    def run_once(words, code=0):
+        with torch.no_grad():
+            return run_script(denoise, words, code, "INPUT", **constants)
+
+    return run_once
 
 
 @pytest.fixture

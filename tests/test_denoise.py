@@ -107,15 +107,11 @@ def test_of_many_images_the_means_alone_are_shown():
     for k in range(40):
         for method in ("mmse", "sde"):
             rows.append({"image": str(k), "method": method, "PSNR dB": float(k)})
-    means = [row for row in denoise.summary(rows) if row["image"] == "mean of 40"]
-    assert denoise.summary(rows) == means and [row["PSNR dB"] for row in means] == [19.5, 19.5]
+    means = denoise.summary(rows)
+    assert [(row["image"], row["PSNR dB"]) for row in means] == 2 * [("mean of 40", 19.5)]
     assert denoise.summary(rows[:64])[:64] == rows[:64] and len(denoise.summary(rows[:64])) == 66
     assert denoise.summary(rows[:2]) == rows[:2]
 
-
-# -----------------------------------------------------------------------------
-# Methods and samples
-# -----------------------------------------------------------------------------
 
 METHODS = {  # network calls, and the sampler as one would call it oneself
     "mmse": (1, lambda model, y, noise: model(y, 0.1)),
@@ -163,19 +159,17 @@ def test_a_method_has_its_levels_and_draws(monkeypatch):
 
 def test_a_sample_depends_on_its_image_its_number_and_the_seed_alone(tmp_path, run, bare):
     first, second = pixels(12, 14, 3), pixels(12, 14, 3, seed=1)
-    save(tmp_path, a=first, b=second, stack=np.stack([second, first, first]))
+    save(tmp_path, a=first, b=second, stack=np.stack([second, first]))
     line = "--sigma 0.1 --steps 3 --draws 2 --frames 0"
     run(f"a.npy b.npy stack.npy {line}")
     together = {name: result(tmp_path, name) for name in ("a_sde_1", "a_sde_2", "b_sde_1")}
     stack = result(tmp_path, "stack_sde_1")
+    np.testing.assert_allclose(stack, [together["b_sde_1"], together["a_sde_1"]], atol=1e-5)
     run(f"a.npy {line}")
-    np.testing.assert_allclose(result(tmp_path, "a_sde_1"), together["a_sde_1"], atol=1e-5)
-    np.testing.assert_allclose(result(tmp_path, "a_sde_2"), together["a_sde_2"], atol=1e-5)
-    for k, name in enumerate(("b_sde_1", "a_sde_1", "a_sde_1")):
-        np.testing.assert_allclose(stack[k], together[name], atol=1e-5)
+    for name in ("a_sde_1", "a_sde_2"):
+        np.testing.assert_allclose(result(tmp_path, name), together[name], atol=1e-5)
     run(f"a.npy {line} --seed 1")
-    others = together["a_sde_2"], result(tmp_path, "a_sde_1"), result(tmp_path, "a_sde_2")
-    for other in others:
+    for other in (together["a_sde_2"], result(tmp_path, "a_sde_1"), result(tmp_path, "a_sde_2")):
         assert np.abs(other - together["a_sde_1"]).mean() > 0.02
 
 
@@ -270,11 +264,6 @@ def test_the_network_is_chosen_by_size(tmp_path, run, bare, checkpoint, monkeypa
     assert loaded[2:] == ["mine.pt"]
 
 
-# -----------------------------------------------------------------------------
-# Uncertainty, frames and figures
-# -----------------------------------------------------------------------------
-
-
 def test_the_uncertainty_of_white_images_is_their_posterior_deviation(tmp_path, run, bare):
     save(tmp_path, a=pixels(20, 30, 3))
     out, _ = run("a.npy --sigma 0.1 --method mmse")
@@ -289,37 +278,16 @@ def test_the_uncertainty_of_white_images_is_their_posterior_deviation(tmp_path, 
 
 def test_frames_hold_every_state_and_estimate(tmp_path, run, bare, photographs):
     run("--count 1 --steps 4 --draws 2 --frames 1")  # of the first draw alone
-    folder = tmp_path / "output" / "astronaut_sde_frames"
-    levels = [f"{k:03}_{{}}_{s:.4f}.png" for k, s in enumerate(LEVELS.tolist())]
-    expected = [name.format(kind) for name in levels for kind in ("estimate", "state")]
-    assert sorted(path.name for path in folder.iterdir()) == expected
-    (_, y), read = photographs, {}
-    for name in expected:
-        read[name] = np.asarray(Image.open(folder / name)) / 255
-    assert np.abs(read[expected[1]] - y[0].clip(0, 1)).max() < 0.003
-    assert np.abs(read[expected[0]] - one_step(y[0]).clip(0, 1)).max() < 0.003
-    for name in levels:
-        state, estimate = read[name.format("state")], read[name.format("estimate")]
-        sigma = float(name[-10:-4])
+    folder, (_, y) = tmp_path / "output" / "astronaut_sde_frames", photographs
+    assert len(list(folder.iterdir())) == 8
+    for k, sigma in enumerate(LEVELS.tolist()):
+        state, estimate = (
+            np.asarray(Image.open(folder / f"{k:03}_{kind}_{sigma:.4f}.png")) / 255
+            for kind in ("state", "estimate")
+        )
         inside = (state > 0) & (state < 1)
         assert np.abs(estimate - one_step(state, sigma))[inside].max() < 0.005
-
-
-def test_frames_are_there_whole_or_not_at_all(tmp_path, run, bare, monkeypatch):
-    save(tmp_path, a=pixels(12, 14, 3))
-    write, left = utils.save_png, [None] * 4
-
-    def fail(path, x):  # when the disk is full
-        if not left:
-            raise OSError("disk full")
-        left.pop()
-        write(path, x)
-
-    monkeypatch.setattr(utils, "save_png", fail)
-    run("a.npy --sigma 0.1 --steps 3", code=2)
-    found = {path.name for path in (tmp_path / "output").iterdir()}
-    names = ["mmse.npy", "sde.npy", "uncertainty.npy", "uncertainty.png"]
-    assert found == {f"a_{name}" for name in names}
+        assert k > 0 or np.abs(state - y[0].clip(0, 1)).max() < 0.003
 
 
 def test_figure_and_animations_show_the_way_from_the_noisy_image(run, photographs, monkeypatch):
@@ -336,16 +304,17 @@ def test_figure_and_animations_show_the_way_from_the_noisy_image(run, photograph
     np.testing.assert_allclose(noisy, y[1], atol=1e-5)
     np.testing.assert_allclose(estimate, one_step(y[1]), atol=1e-5)
     np.testing.assert_allclose(clean, x0[1], atol=1e-6)
+    assert (first - second).abs().mean() > 0.01
     levels = sde.noise_levels(0.1, 0.01, 8)
-    notes = [note for _, _, note in rows[1]]
-    assert notes == ["$\\sigma$ = 0.1", f"$\\sigma$ = {levels[2]:.2g}", "", "", "", ""]
-    assert list(films) == [f"{name}_sde.gif" for name in utils.SAMPLES[:2]]
+    assert [note for _, _, note in rows[1]][:2] == [
+        "$\\sigma$ = 0.1",
+        f"$\\sigma$ = {levels[2]:.2g}",
+    ]
     film = films["chelsea_sde.gif"]
     assert [level for level, _, _ in film] == pytest.approx(levels.tolist())
     assert torch.equal(film[0][1].permute(1, 2, 0), noisy)
     assert torch.equal(film[2][1].permute(1, 2, 0), state)
     torch.testing.assert_close(film[-1][2].permute(1, 2, 0), first)
-    assert (first - second).abs().mean() > 0.01
 
 
 def test_a_figure_of_images_without_truth_promises_no_psnr(tmp_path, run, monkeypatch):
@@ -412,21 +381,17 @@ def test_of_an_observation_come_the_mean_the_samples_and_their_spread(tmp_path, 
 
 
 def test_a_mask_says_how_much_it_hides(tmp_path, run, bare):
-    save(tmp_path, a=pixels(8, 10, 3) / 2 + 0.25, other=HIDDEN * np.uint8(255))
+    save(tmp_path, a=pixels(8, 10, 3) / 2 + 0.25)
     grey = np.uint8(255 * HIDDEN)
     grey[0, :4] = (100, 127, 128, 200)
     Image.fromarray(grey).save(tmp_path / "mask.png")
-    line = "a.npy --method mmse --mask"
-    out, _ = run(f"{line} mask.png")
+    out, _ = run("a.npy --method mmse --mask mask.png")
     assert "mask: 5.00% of the pixels are neither black nor white: what is brighter" in out
-    share = (grey > 127).mean()
-    assert f"mask: {share:.0%} of the pixels are missing" in out
+    assert f"mask: {(grey > 127).mean():.0%} of the pixels are missing" in out
     hidden = np.isclose(result(tmp_path, "a_mean"), one_step(0, 0.02))
     assert np.array_equal(hidden.all(2), grey > 127)  # what is missing is 0, whatever the file has
-    out, _ = run(f"{line} other.npy")
-    assert "neither" not in out and "mask: 50% of the pixels are missing" in out
-    for words in (["0"], ["1"], ["nan"], ["-1"], ["a.npy"], ["nowhere.png"], [""]):
-        run([*line.split(), *words], code=2)
+    for word in ("1", "nan", "a.npy", "nowhere.png", ""):
+        run(["a.npy", "--method", "mmse", "--mask", word], code=2)
 
 
 def test_a_share_is_missing_in_all_channels(monkeypatch):
@@ -472,9 +437,7 @@ def test_what_does_not_fit_is_left_out_and_named(tmp_path, run, bare):
         ("--mask 0.5 --blur 1", "one of --mask, --blur and --enlarge at a time"),
         ("--mask other.npy", "--mask must have the 12 x 9 pixels of the image, not (8, 8)"),
         ("--mask 0", "--mask must hide some pixels, and not all"),
-        ("--blur 3", "--blur must be narrow"),
         ("--sigma 2", "noise level 2 is outside the range 0.01 to 1"),
-        ("--sigma 0.001", "outside the range"),
         ("--method langevin --langevin-step-size 1e9 --langevin-steps 9", "diverged"),
     ],
 )
@@ -488,58 +451,43 @@ def test_what_suits_no_image_is_said_of_each(line, words, tmp_path, run, bare):
     "line, words",
     [
         ("--blur -1", "--blur must be"),
-        ("--enlarge 0", "--enlarge must be a whole number"),
         ("--checkpoint nowhere.pt", "no checkpoint at 'nowhere.pt'"),
-        ("--checkpoint text.png", "'text.png' is not a checkpoint"),
         ("--sigma 0", "--sigma must be positive, for pixels in [0, 1], as 25/255, not 0"),
         ("--method magic", "--method must be one of mmse, sde, ode"),
         ("--sde ito", "--sde must be one of ve, vp, subvp, not ito"),
         ("--steps 2.5", "--steps must be a whole number from 1 on, not 2.5"),
-        ("--draws 0", "--draws must be"),
-        ("--precision half", "--precision must be auto, bfloat16 or float32"),
         ("--device tpu", "device 'tpu' cannot be used"),
         ("--output=", "--output must name a folder"),
     ],
 )
 def test_a_wrong_value_is_one_line_before_any_work(line, words, tmp_path, run):
     save(tmp_path, a=pixels(9, 12, 3))
-    (tmp_path / "text.png").write_text("not an image")
-    before = sorted(tmp_path.iterdir())
     out, err = run(f"a.npy {line}" + " --sigma 0.1" * ("sigma" not in line), code=2)
     assert not out and words in err and len(err.splitlines()) == 1
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_bar_moves_on_a_terminal_alone(tmp_path, run, bare, monkeypatch):
-    save(tmp_path, a=pixels(9, 12, 3))
-    _, err = run("a.npy --sigma 0.1 --steps 3")
-    assert err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    _, err = run("a.npy --sigma 0.1 --steps 3")
-    assert "sde: " in err and " calls" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
 def test_a_program_of_its_own_loads_only_what_it_needs_and_warns_of_nothing(tmp_path, checkpoint):
     save(tmp_path, a=pixels(9, 12, 3))
-    program = "import denoise, runpy, sys; print(*sys.modules); "
-    program += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__'); print(*sys.modules)"
+    program = f"import runpy, sys; runpy.run_path({str(SCRIPT)!r}, run_name='__main__'); "
+    program += "print(*sys.modules)"
     line = f"a.npy --sigma 0.1 --method mmse --device cpu --checkpoint {checkpoint}".split()
     environment = os.environ | {"PYTHONWARNINGS": "error", "PYTHONPATH": str(SCRIPT.parent)}
     command = [sys.executable, "-c", program, *line]
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     process = subprocess.run(command, **options)
     assert process.returncode == 0 and not process.stderr, process.stderr
-    loaded, *_, at_the_end = [line.split() for line in process.stdout.splitlines()]
+    loaded = process.stdout.splitlines()[-1].split()
     assert not {"matplotlib", "skimage", "torchvision", "OpenImageIO"} & set(loaded)
-    assert not {"matplotlib", "skimage", "torchvision", "OpenImageIO"} & set(at_the_end)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
-def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
+@pytest.mark.parametrize("script", ["denoise.py", "train_score.py"])
+def test_ctrl_c_while_modules_load_ends_without_a_word(script, tmp_path):
     (tmp_path / "numpy.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(60)")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, str(SCRIPT)]
+    command = [sys.executable, str(SCRIPT.with_name(script))]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGINT)

@@ -2,11 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import io
 import math
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from gaussian import MU, white
 from tqdm import tqdm
 
 import train_score
@@ -41,29 +42,18 @@ def pixels(count, height, width, seed):
     return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-class Printed(io.StringIO):
-    def reconfigure(self, **how):
-        """Do nothing: a stream of the system can be changed."""
-
-
-@contextlib.contextmanager
-def inside(folder):
-    """In that folder, with what is printed returned, signals left as they were, and no figures."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out = Printed()
-    no_figure = mock.patch.object(utils, "plot_training")  # it takes longer than these trainings
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), no_figure:
-            yield out
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train(folder, **constants):
     """Run main() of train_score.py in a folder, with these constants; return what it printed."""
-    with inside(folder) as out, mock.patch.multiple(train_score, **SMALL | constants):
-        train_score.main()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    constants = mock.patch.multiple(train_score, **SMALL | constants)
+    no_figure = mock.patch.object(utils, "plot_training")  # it takes longer than these trainings
+    out = io.StringIO()
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), no_figure, constants:
+            train_score.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return out.getvalue()
 
 
@@ -82,24 +72,12 @@ def stopped(folder, steps, number, **constants):
         train(folder, **constants)
 
 
-def run(folder, line, code=0):
-    """Run the script as from a shell, but in this process; return stdout and stderr."""
-    err, found = io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", ["train_score.py", *shlex.split(line)])
-    with inside(folder) as out, contextlib.redirect_stderr(err), argv:
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            found = stop.code
-    assert found == code, out.getvalue() + err.getvalue()
-    return out.getvalue(), err.getvalue()
-
-
-def start(folder, line, launcher=(), **environment):
-    """Start the script in a process of its own."""
-    command = [sys.executable, *launcher, str(SCRIPT), *shlex.split(line)]
-    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=os.environ | environment, **pipes)
+@pytest.fixture
+def run(run_script, monkeypatch):
+    """Run train_score.py with these words, without figures; signals stay as they are."""
+    monkeypatch.setattr(utils, "plot_training", mock.Mock())
+    monkeypatch.setattr(train_score, "note_signals", list)
+    return functools.partial(run_script, train_score)
 
 
 def state_of(folder, name="score"):
@@ -141,10 +119,10 @@ def images(data):
 
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
-    """A folder in which a user has trained a small network, and what was printed."""
+    """A folder in which a small network was trained, what was printed, and what is kept."""
     folder = tmp_path_factory.mktemp("trained")
-    out, err = run(folder, f"--data {data / 'images.npy'} --test {data / 'test.npy'} {LINE}")
-    return SimpleNamespace(folder=folder, out=out, err=err, state=state_of(folder))
+    out = train(folder, DATA=str(data / "images.npy"), TEST=str(data / "test.npy"))
+    return SimpleNamespace(folder=folder, out=out, state=state_of(folder))
 
 
 # -----------------------------------------------------------------------------
@@ -153,16 +131,12 @@ def trained(data, tmp_path_factory):
 
 
 def test_the_true_denoisers_loss_is_its_posterior_variance():
-    # x0 ~ N(0.5, c^2): E (D - x0)^2 = c^2 s^2 / (c^2 + s^2), over the typical error.
+    # x0 ~ N(MU, c^2): E (D - x0)^2 = c^2 s^2 / (c^2 + s^2), over the typical error.
     c, rng = 0.1, torch.Generator().manual_seed(1)
-
-    def denoiser(x, sigma):
-        return 0.5 + c**2 / (c**2 + sigma[:, None, None, None] ** 2) * (x - 0.5)
-
-    x0 = 0.5 + c * torch.randn(64, 3, 32, 32, generator=rng)
+    x0 = MU + c * torch.randn(64, 3, 32, 32, generator=rng)
     for s in (0.02, 0.1, 0.5):
         noise = torch.randn(x0.shape, generator=rng)
-        loss = denoising_loss(denoiser, x0, torch.full((64,), s), noise).item()
+        loss = denoising_loss(white(c), x0, torch.full((64,), s), noise).item()
         expected = c**2 * s**2 / (c**2 + s**2) / train_score.typical_error(s)
         assert abs(loss / expected - 1) < 4 * (2 / x0.numel()) ** 0.5
 
@@ -200,16 +174,17 @@ def test_the_learning_rate_rises_holds_and_falls():
 # -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count, batch", [(10, 4), (3, 8), (1, 2), (6, 6)])
+@pytest.mark.parametrize("count, batch", [(10, 4), (3, 8)])
 def test_batches_are_full_and_each_pass_shows_every_image_once(count, batch):
-    steps = range(math.ceil(40 * count / batch))
-    drawn = [train_score.images_of_step(count, step, batch, 0) for step in steps]
-    assert {len(index) for index in drawn} == {batch}
-    stream = np.concatenate(drawn)[: 40 * count].reshape(40, count)
-    assert (np.sort(stream) == np.arange(count)).all()
-    assert len(np.unique(stream, axis=0)) >= min(math.factorial(count), 30)
-    other = np.concatenate([train_score.images_of_step(count, step, batch, 1) for step in steps])
-    assert count == 1 or (other[: 40 * count].reshape(40, count) != stream).any()
+    streams = []
+    for seed in (0, 1):
+        steps = range(math.ceil(40 * count / batch))
+        drawn = [train_score.images_of_step(count, step, batch, seed) for step in steps]
+        assert {len(index) for index in drawn} == {batch}
+        streams.append(np.concatenate(drawn)[: 40 * count].reshape(40, count))
+    assert (np.sort(streams) == np.arange(count)).all()
+    assert len(np.unique(streams[0], axis=0)) >= min(math.factorial(count), 30)
+    assert (streams[0] != streams[1]).any()
 
 
 def coordinates(sizes):
@@ -245,26 +220,21 @@ def test_crops_are_windows_of_their_image_mirrored_and_turned(views):
 @pytest.mark.parametrize("shrink", [1, 2, 6])
 def test_shrunk_crops_are_means_of_blocks_of_a_window(shrink):
     # Values are 2 i + 1, so the mean of a block of k is a whole number: twice its first i, plus k.
-    sizes, size, count = [(40, 16), (12, 40)], 5, 1000
-    images = [2 * image + 1 for image in coordinates(sizes)]
-    crops = random_crops(images * count, size, 1, shrink, np.random.default_rng(4)).long()
+    (image,), size, count = coordinates([(40, 16)]), 5, 2000
+    rng = np.random.default_rng(4)
+    crops = random_crops([2 * image + 1] * count, size, 1, shrink, rng).long()
     factors = (crops[:, 1, 1, 0] - crops[:, 1, 0, 0]) // 2
-    for axis in (0, 1):
+    for axis, end in ((0, 40), (1, 16)):
         blocks = crops[:, 1 + axis].movedim(1 + axis, 2) - factors[:, None, None]
         first = blocks[:, :1, :1] // 2
         assert (blocks == 2 * (first + factors[:, None, None] * torch.arange(size))).all()
-        for k, shape in enumerate(sizes):  # anywhere within the image
-            starts, ends = first[k::2, 0, 0], first[k::2, 0, 0] + size * factors[k::2]
-            assert starts.min() == 0 and ends.max() == shape[axis]
-    for k, shape in enumerate(sizes):
-        most = min(shape) // size
-        for factor in range(2, 9):  # floor(1 / u) is at least that; u in [1 / (shrink + 1), 1]
-            share = 0.0
-            if factor <= min(most, shrink):
-                lowest = 1 / (shrink + 1)
-                share = (1 / factor - lowest) / (1 - lowest)
-            found = (factors[k::2] >= factor).double().mean().item()
-            assert abs(found - share) <= 4 * (share * (1 - share) / count) ** 0.5
+        starts = first[:, 0, 0]
+        assert starts.min() == 0 and (starts + size * factors).max() == end
+    lowest = 1 / (shrink + 1)
+    for factor in range(2, 8):  # floor(1 / u) is at least that; u in [lowest, 1]
+        share = (1 / factor - lowest) / (1 - lowest) if factor <= min(3, shrink) else 0.0
+        found = (factors >= factor).double().mean().item()
+        assert abs(found - share) <= 4 * (share * (1 - share) / count) ** 0.5
 
 
 def test_shrunk_pixels_are_rounded():
@@ -304,11 +274,6 @@ def test_a_batch_has_one_noise_level_from_each_slice_and_unit_noise():
         assert torch.equal(x0[:, 0].unique(), torch.arange(4) / 255)  # of 255 to [0, 1]
 
 
-# -----------------------------------------------------------------------------
-# Optimisers
-# -----------------------------------------------------------------------------
-
-
 def test_muon_has_the_hidden_convolutions_and_adam_the_rest():
     model = ScoreModel("unet", 0.01, 1.0, (32, 32), (1, 1), (0, 1), 16)
     optimizers = train_score.make_optimizers(model, "muon", 0.1)
@@ -322,10 +287,9 @@ def test_muon_has_the_hidden_convolutions_and_adam_the_rest():
     optimizers = train_score.make_optimizers(model, "adam", 0.1)
     (group,) = optimizers["adam"].param_groups
     assert len(group["params"]) == len(list(model.parameters())) and len(optimizers) == 1
-    assert group["betas"] == (0.9, 0.999)  # the usual ones
 
 
-@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (64, 8, 2, 2), (64, 32, 1, 1)])
+@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (64, 8, 2, 2)])
 def test_muon_moves_a_convolution_as_torch_moves_its_matrix(shape):
     rng = torch.Generator().manual_seed(4)
     weight = torch.randn(shape, generator=rng).to(memory_format=torch.channels_last)
@@ -386,7 +350,6 @@ def test_a_training_tells_its_story(trained):
     assert info["training_images"] == 24 and info["images_seen"] == 48 and info["step"] == 12
     assert info["hardware"] == utils.hardware(torch.device("cpu")) and 0 < info["hours"] < 0.1
     assert info["options"]["lr"] == train_score.LR and info["options"]["sigmas"] == (0.01, 1.0)
-    assert info["torch"] == torch.__version__
     first, second, *_, validation, test, end = trained.out.splitlines()
     count = sum(weight.numel() for weight in trained.state["model"].values()) - 16  # frequencies
     assert first == f"unet, {count:,} parameters, on {info['hardware']}"
@@ -397,8 +360,7 @@ def test_a_training_tells_its_story(trained):
     ):
         told = "  ".join(f"{value:.2f} dB at {sigma:g}" for sigma, value in psnr.items())
         assert line == f"step 12: {kind} PSNR  {told}"
-    assert end == f"48 images seen, wrote '{Path('checkpoints', 'score.pt')}' and its curves"
-    assert trained.err == ""  # the bar is for terminals
+    assert end.startswith("48 images seen")
 
 
 def test_a_psnr_is_of_its_images_and_of_the_averaged_weights(trained, data):
@@ -439,24 +401,17 @@ def test_validation_measures_the_noise_that_it_adds():
         assert abs(value - (-10 * errors.log10()).mean()) < 1e-3
 
 
-def test_curves_have_points_enough(tmp_path, images):
-    with mock.patch.object(train_score, "validate", lambda *of: {0.1: 20.0}):
-        train(tmp_path, DATA=images, EPOCHS=9, VAL_IMAGES=15)  # 57 steps
-    kept = state_of(tmp_path)["run"]
-    assert [seen // 4 for seen, _ in kept["losses"]] == list(range(5, 58, 5))
-    assert [seen // 4 for seen, _ in kept["psnrs"]] == list(range(1, 58, 2))  # the last too
-
-
-def test_the_recipe_of_the_docstring_runs(tmp_path, images):
+def test_the_recipe_of_the_docstring_runs(tmp_path, images, run):
     command = re.search(r"train_score\.py (--network cnn3 (?:.*\\\n)?.*?)  +#", train_score.__doc__)
     line = command[1].replace("\\\n", " ") + f" --data {images} --epochs 2 --crop 8"
-    run(tmp_path, line + " --val-images 16 --device cpu --batch-size 8")
+    _, err = run(line + " --val-images 16 --device cpu --batch-size 8")
     state = state_of(tmp_path, "cnn3")
     assert equal(state["model"], state["average"])  # no average
     assert list(state["run"]["psnrs"][-1][1]) == [0.1]  # the level that it was trained for
     assert state["adam"]["param_groups"][0]["lr"] == 1e-4  # not fallen at the end
     model = load_model(tmp_path / "checkpoints" / "cnn3.pt")
     assert model.config == {"network": "cnn3", "sigma_min": 0.1, "sigma_max": 0.1}
+    assert err == ""  # the bar is for terminals
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -539,10 +494,7 @@ def test_what_a_training_cannot_go_on_from_is_refused(images, data, tmp_path):
     before, resume = contents(tmp_path), tmp_path / "checkpoints" / "score_resume.pt"
     for other, words in (
         ({"WIDTHS": (16,)}, r"--widths was \(8,\) in .*score_resume.pt.*--name.*, not \(16,\)"),
-        ({"EMA": 0.5}, "--ema was 0.999 in .*, not 0.5"),
-        ({"VIEWS": 8}, "--views was 2"),
         ({"BATCH_SIZE": 2}, "--batch-size was 4"),
-        ({"SEED": 1}, "--seed was 0"),
         ({"DATA": str(data / "test.npy")}, "score_resume.pt' was trained on other images"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -571,11 +523,6 @@ def test_a_training_starts_from_a_checkpoint(trained, images, tmp_path):
         train(tmp_path, **here, BLOCKS=(2,), NAME="other")
 
 
-# -----------------------------------------------------------------------------
-# What goes wrong
-# -----------------------------------------------------------------------------
-
-
 def test_a_divergence_keeps_the_last_state(images, tmp_path):
     here = {"DATA": images, "NETWORK": "cnn3", "SIGMAS": (0.1,)}
     here |= {"OPTIMIZER": "adam", "DECAY": 0, "BATCH_SIZE": 24}
@@ -589,7 +536,6 @@ def test_a_divergence_keeps_the_last_state(images, tmp_path):
 def test_a_loss_or_weight_that_is_no_number_is_a_divergence():
     model, broken = ScoreModel("cnn3", 0.1, 0.1), ScoreModel("cnn3", 0.1, 0.1)
     broken.net.layers[0].bias.data[0] = math.inf
-    assert train_score.mean_loss({"recent": [torch.tensor(8.0), torch.tensor(12.0)]}) == 10
     for part, recent in ((model, [1e6]), (model, [1.0, math.nan]), (broken, [])):
         with pytest.raises(ValueError, match="diverged before step 30"):
             train_score.save({"step": 30, "recent": recent}, {"model": part}, *"abc")
@@ -604,39 +550,23 @@ def test_one_training_at_a_time_has_a_name(images, tmp_path):
         train(tmp_path, DATA=images)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be sent Ctrl-C there")
-def test_ctrl_c_while_modules_load_ends_without_a_word(tmp_path):
-    slow = "import time\nprint('loading', flush=True)\ntime.sleep(60)"
-    (tmp_path / "numpy.py").write_text(slow)
-    process = start(tmp_path, "--data samples", PYTHONPATH=str(tmp_path))
-    assert process.stdout.readline() == "loading\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
-
-
 @pytest.mark.parametrize(
     "wrong, words",
     [
         ("--data nowhere", "nowhere"),
-        ("--test nowhere", "nowhere"),
         ("--init nowhere.pt", "no checkpoint at 'nowhere.pt'"),
         ("--val-images 40", "--val-images must leave some of the 40 images"),
-        ("--val-images 0", "--val-images must leave some of the 40 images"),
         ("--crop 33", "33 x 33"),
         ("--shrink 0", "--shrink must be at least 1, not 0"),
         ("--sigmas 0.1 0.2 0.3", "--sigmas must be"),
         ("--tails 0.7", "--tails must lie between 0 and 0.5, not 0.7"),
         ("--optimizer sgd", "--optimizer must be muon or adam, not sgd"),
         ("--batch-size 0", "--batch-size must be a positive multiple"),
-        ("--clip 0", "--clip must be positive, not 0"),
         ("--name ../other", "--name must be up to 100 letters"),
-        ("--seed -1", "expected non-negative integer"),
-        ("--epoch 3", "--epoch"),
     ],
 )
-def test_a_wrong_option_is_refused_in_one_line(images, tmp_path, wrong, words):
-    # All of them but for these: without them the training runs, as the fixture `trained` shows.
-    _, err = run(tmp_path, f"--data {images} {LINE} {wrong}", code=2)
+def test_a_wrong_option_is_refused_in_one_line(images, tmp_path, run, wrong, words):
+    _, err = run(f"--data {images} {LINE} {wrong}", code=2)
     assert err.startswith("train_score.py: error: ") and err.count("\n") == 1 and words in err
     assert not contents(tmp_path)
 
@@ -649,9 +579,11 @@ def test_a_wrong_option_is_refused_in_one_line(images, tmp_path, wrong, words):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_two_processes_equal_one_and_a_signal_to_one_stops_both(images, tmp_path):
     # Adam, since the signs of Muon's small singular values tell roundings apart.
-    line = f"--data {images} {LINE} --optimizer adam --save-minutes 0 --epochs 20"
     torchrun = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2"
-    process = start(tmp_path, line, torchrun.split())
+    line = f"--data {images} {LINE} --optimizer adam --save-minutes 0 --epochs 20"
+    command = [sys.executable, *torchrun.split(), str(SCRIPT), *shlex.split(line)]
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
     resume = tmp_path / "checkpoints" / "score_resume.pt"
     while not resume.exists() and process.poll() is None:
         time.sleep(0.05)

@@ -19,11 +19,6 @@ def prior(values):
     return Gaussian(basis * eigenvalues @ basis.T)
 
 
-# -----------------------------------------------------------------------------
-# Covariance, error and directions
-# -----------------------------------------------------------------------------
-
-
 def test_the_jacobian_gives_the_covariance_of_the_posterior():
     denoiser, y = prior(12), normal(2, 3, 2, 2)
     sigma = torch.tensor([0.05, 0.2], dtype=torch.float64)
@@ -68,11 +63,6 @@ def test_principal_components_are_the_leading_eigenvectors(count, iterations):
 def test_an_impossible_number_of_components_is_refused(count):
     with pytest.raises(ValueError, match=str(count)):
         sde.principal_components(white(0.3), normal(1, 3, 2, 2), SIGMA, count)
-
-
-# -----------------------------------------------------------------------------
-# Grey images
-# -----------------------------------------------------------------------------
 
 
 def luma_chroma_denoiser(luma, chroma):

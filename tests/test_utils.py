@@ -52,11 +52,9 @@ def constants(tmp_path):
 @pytest.mark.parametrize(
     "line, changes",
     [
-        ("", {}),
         ("--sigma None", {}),
-        ("--batch-size 8", {"BATCH_SIZE": 8}),
+        ("--batch-size 8 --name mine", {"BATCH_SIZE": 8, "NAME": "mine"}),
         ("--lr 2e-4 --no-flip", {"LR": 2e-4, "FLIP": False}),
-        ("--lr 1/4 --name mine", {"LR": 0.25, "NAME": "mine"}),
         ("--widths 16 32 48", {"WIDTHS": (16, 32, 48)}),
         ("--noise 25/255 2", {"NOISE": (25 / 255, 2.0)}),
         ("--sigma 25/255", {"SIGMA": 25 / 255}),
@@ -88,10 +86,7 @@ def test_every_constant_of_a_script_has_a_comment_for_the_help(script):
 
 @pytest.mark.parametrize(
     "line",
-    [
-        *("--batch 8", "--batch-size x", "--batch-size 1.5", "--unknown 1", "--lower 2"),
-        *("--sigma big", "--sigma 1/0", "--lr none", "--lr 1/2/3", "stray", "--widths"),
-    ],
+    ["--batch 8", "--batch-size 1.5", "--lower 2", "--sigma 1/0", "--lr none", "stray"],
 )
 def test_a_wrong_option_is_one_line_and_code_two(line, constants, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -107,7 +102,6 @@ def test_a_wrong_option_is_one_line_and_code_two(line, constants, capsys):
         (OSError(13, "Permission denied"), 2, "script.py: error: [Errno 13] Permission denied"),
         (torch.OutOfMemoryError("of 2 GiB"), 2, "script.py: error: out of memory: use smaller im"),
         (KeyboardInterrupt(), 130, ""),
-        (None, 0, ""),
     ],
 )
 def test_exit_codes(error, code, line, constants, capsys, monkeypatch):
@@ -115,16 +109,13 @@ def test_exit_codes(error, code, line, constants, capsys, monkeypatch):
 
     def main():
         assert constants["BATCH_SIZE"] == 5
-        if error:
-            raise error
+        raise error
 
-    found = 0
-    try:
+    with pytest.raises(SystemExit) as stop:
         utils.run_script(main, constants)
-    except SystemExit as stop:
-        found = stop.code
     err = capsys.readouterr().err
-    assert found == code and err.startswith(line) and len(err.splitlines()) == bool(line)
+    assert stop.value.code == code
+    assert err.startswith(line) and len(err.splitlines()) == bool(line)
 
 
 def test_a_device_that_cannot_be_used_is_refused(monkeypatch):
@@ -132,10 +123,10 @@ def test_a_device_that_cannot_be_used_is_refused(monkeypatch):
     for name in ("tpu", "meta", "cuda:99", ""):
         with pytest.raises(ValueError, match=f"device '{name}' cannot be used"):
             utils.pick_device(name)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(0))
     for available, expected in ((False, "cpu"), (True, "cuda:3")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        monkeypatch.setenv("LOCAL_RANK", "3")
-        monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(0))
         assert utils.pick_device("auto") == torch.device(expected)
 
 
@@ -160,9 +151,7 @@ def test_the_samples_are_photographs_of_128_pixels():
     for image in images:
         assert image.builtin and image.pixels.shape == (1, 128, 128, 3)
         assert 0 <= image.pixels.min() < 0.2 < 0.7 < image.pixels.max() <= 1
-    whole = utils.training_images("samples")
-    assert [image.dtype for image in whole] == [np.uint8] * 5
-    assert min(image.shape[0] for image in whole) >= 300
+    assert min(image.shape[0] for image in utils.training_images("samples")) >= 300
 
 
 def test_small_and_broken_images_are_left_out_of_a_training_and_named(tmp_path):
@@ -254,13 +243,13 @@ def test_a_table_is_aligned_markdown_with_the_digits_of_each_column():
 
 def test_means_are_of_the_rows_of_one_kind():
     rows = [
-        {"who": "a", "m": "x", "v": 1, "n": 2, "note": "p", "w": ""},
-        {"who": "b", "m": "y", "v": 9.0, "n": 2, "note": "p", "w": ""},
-        {"who": "c", "m": "x", "v": 2, "n": 2, "note": "q", "w": ""},
+        {"who": "a", "m": "x", "v": 1, "note": "p"},
+        {"who": "b", "m": "y", "v": 9.0, "note": "p"},
+        {"who": "c", "m": "x", "v": 2, "note": "q"},
     ]
     assert utils.means(rows, "m", "who") == [
-        {"who": "mean of 2", "m": "x", "v": 1.5, "n": 2, "w": ""},
-        {"who": "mean of 1", "m": "y", "v": 9.0, "n": 2, "note": "p", "w": ""},
+        {"who": "mean of 2", "m": "x", "v": 1.5},
+        {"who": "mean of 1", "m": "y", "v": 9.0, "note": "p"},
     ]
 
 
@@ -285,18 +274,17 @@ def test_tiles_give_the_image_whole_and_its_gradient(size, side):
         seen.append(x.shape)
         return local(x, sigma)
 
-    for sigma in (0.5, torch.tensor(0.5), torch.tensor([0.2, 0.7]).view(2, 1, 1, 1)):
-        tiled = utils.tiled(denoiser, side**2, halo=32, update=moves.append)
+    tiled = utils.tiled(denoiser, side**2, halo=32, update=moves.append)
+    for sigma in (0.5, torch.tensor([0.2, 0.7]).view(2, 1, 1, 1)):
         torch.testing.assert_close(tiled(x, sigma), local(x, sigma), rtol=1e-12, atol=1e-12)
-    assert abs(sum(moves) - 3) < 1e-9 and len(moves) == len(seen)  # one a call
+    assert abs(sum(moves) - 2) < 1e-9  # one a call
     assert all(height * width <= 128**2 for _, _, height, width in seen)
-    assert (len(seen) > 6) == (size[0] * size[1] > side**2)  # else one or two for three calls
+    assert (len(seen) > 4) == (size[0] * size[1] > side**2)  # else one or two for two calls
     gradients = []
     for one in (local, tiled):
         point = x.clone().requires_grad_()
         gradients += torch.autograd.grad((one(point, 0.5) * v).sum(), point)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    assert abs(sum(moves) - 4) < 1e-9
 
 
 def test_a_large_batch_is_split_and_each_image_keeps_its_level():
@@ -317,10 +305,8 @@ def test_noise_of_an_image_depends_on_its_own_seed_alone():
     assert torch.equal(z[0], z[2]) and not torch.equal(z[0], z[1])
     assert torch.equal(z[1:2], again(x[:1])) and not torch.equal(first(x), z)
     assert abs(z[:2].std() - 1) < 4 / (2 * 800) ** 0.5
-    assert first(x.double()).dtype == torch.float64
-    for count in (2, 4):
-        with pytest.raises(ValueError):
-            first(torch.zeros(count, 1, 20, 20))
+    with pytest.raises(ValueError):
+        first(x[:2])
 
 
 def test_a_recorder_counts_calls_and_keeps_states_and_estimates():
@@ -332,9 +318,6 @@ def test_a_recorder_counts_calls_and_keeps_states_and_estimates():
     expected = (middle, middle / 2, middle / 2, middle / 8)
     assert recorder.calls == 2 and (level, sigma) == (0.5, 0.25)
     assert all(torch.equal(a, b) for a, b in zip(first + second, expected, strict=True))
-    silent = utils.Recorder(lambda x, sigma: x, count=0)
-    silent(x, 1.0)
-    assert silent.calls == 1 and silent.frames == []
 
 
 # -----------------------------------------------------------------------------
@@ -378,18 +361,14 @@ def test_a_write_that_fails_leaves_what_was_there(write, tmp_path):
 def test_one_process_at_a_time_writes_a_name(tmp_path):
     path = tmp_path / "folder" / "net.pt"
     other = "import sys, pathlib, utils\nwith utils.locked(pathlib.Path(sys.argv[1])):\n    pass"
+    command = [sys.executable, "-c", other, str(path)]
+    root = Path(utils.__file__).parent
     with utils.locked(path, tmp_path / "figures" / "b.png"):
-        command = [sys.executable, "-c", other, str(path)]
-        root = Path(utils.__file__).parent
         process = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert f"another process is writing '{path}'" in process.stderr
         assert (tmp_path / "figures").is_dir()
     with utils.locked(path):
         assert {found.name for found in path.parent.iterdir()} <= {".net.lock"}
-    (tmp_path / "file").touch()
-    for paths in ((tmp_path / "file" / "a",), (path, tmp_path / "file" / "a")):
-        with pytest.raises(OSError, match="file"), utils.locked(*paths):
-            pass
 
 
 def test_a_saved_png_is_clipped_and_rounded(tmp_path):
@@ -421,30 +400,26 @@ def figure(monkeypatch):
     return kept
 
 
-def test_images_stand_in_order_with_their_psnr_and_their_middle_framed(figure, tmp_path):
+def test_images_stand_in_order_with_their_psnr_and_their_middle_below(figure, tmp_path):
     x0 = uniform(3, 80, 100)
     rows = [[("noisy", x0 * 0.5, "s"), ("half", x0 * 0.9, ""), ("clean", x0, "")]]
     rows.append([("other", uniform(1, 30, 30), "t"), ("and", uniform(1, 30, 30, seed=1), "")])
     utils.plot_images(tmp_path / "a.png", rows, truth=True, detail=40)
     grid = np.reshape(figure.axes, (3, 3))  # two images; the middle of the first stands below it
     for axes, below, (title, image, _) in zip(grid[0], grid[1], rows[0]):
-        assert axes.get_title() == title and below.get_title() == ""
+        assert axes.get_title() == title
         assert np.array_equal(axes.images[0].get_array(), utils.to_array(image))
         middle = utils.to_array(image[:, 20:60, 30:70])
         assert np.array_equal(below.images[0].get_array(), middle)
-        assert axes.patches[0].get_bbox().bounds == (29.5, 19.5, 40, 40)
 
     def quality(image, truth):
         return f"{utils.psnr(image[None], truth[None]).item():.2f} dB"
 
+    middle = x0[:, 20:60, 30:70]
     assert grid[0, 0].get_xlabel() == f"s, {quality(x0 * 0.5, x0)}"
     assert grid[0, 2].get_xlabel() == ""
-    middle = x0[:, 20:60, 30:70]
     assert grid[1, 1].get_xlabel() == quality(middle * 0.9, middle)
     assert grid[2, 0].get_xlabel() == f"t, {quality(rows[1][0][1], rows[1][1][1])}"
-    assert not grid[2, 0].patches and not grid[2, 2].axison and grid[0, 2].axison
-    utils.plot_images(tmp_path / "a.png", rows, truth=False)
-    assert [axes.get_xlabel() for axes in figure.axes[:3]] == ["s", "", ""]
 
 
 def test_a_training_is_plotted_over_millions_of_images(figure, tmp_path):
@@ -456,10 +431,6 @@ def test_a_training_is_plotted_over_millions_of_images(figure, tmp_path):
     curves = [line.get_xydata().tolist() for line in right.lines]
     assert curves == [[[1.5, -0.5], [3, 0]], [[1.5, -0.25], [3, 0]]]
     assert "$\\sigma$ = 0.1, ends at 28.50 dB" in right.get_legend().get_texts()[0].get_text()
-    assert left.get_xlabel() == right.get_xlabel() == "images seen, millions"
-    assert "loss" in left.get_title() and "PSNR" in right.get_title()
-    low, high = left.get_ylim()
-    assert low < 1.2 and high > 1.5
     utils.plot_training(tmp_path / "b.png", [], [])  # of a training that was stopped at once
     assert not (tmp_path / "b.png").exists()
 
@@ -468,16 +439,10 @@ def test_an_animation_runs_from_the_first_state_to_the_last(tmp_path):
     shades = torch.linspace(0, 1, 50)
     frames = [(1.0, s.expand(3, 80, 60), 1 - s.expand(3, 80, 60)) for s in shades]
     utils.save_animation(tmp_path / "a.gif", frames, most=10)
-    seen, durations = [], []
     with Image.open(tmp_path / "a.gif") as file:
         assert file.n_frames == 10 and file.size == (240, 160)
-        for k in range(10):
+        for k, shade in enumerate(shades[np.linspace(0, 49, 10).round().astype(int)]):
             file.seek(k)
             page = np.asarray(file.convert("RGB")) / 255
-            seen.append([page[:, :120].mean(), page[:, 120:].mean()])
-            durations.append(file.info["duration"])
-    state, estimate = np.transpose(seen)
-    expected = shades[np.linspace(0, 49, 10).round()].numpy()
-    np.testing.assert_allclose(state, expected, atol=0.02)
-    np.testing.assert_allclose(estimate, 1 - expected, atol=0.02)
-    assert durations[-1] > 5 * durations[0]  # the last one stays
+            assert abs(page[:, :120].mean() - shade) < 0.02
+            assert abs(page[:, 120:].mean() - (1 - shade)) < 0.02
