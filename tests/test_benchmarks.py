@@ -10,6 +10,7 @@ import numpy as np
 import photographs
 import pytest
 import torch
+from gaussian import normal
 
 import observations
 import sde
@@ -18,10 +19,6 @@ from model import ScoreModel
 
 ROOT = Path(__file__).resolve().parent.parent
 C, S = 0.3, 0.2  # deviation of the prior N(0.5, C^2) of each value, and the noise level
-
-
-def normal(*shape, seed):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class White:
@@ -74,10 +71,8 @@ def test_exact_samples_and_states_hold_the_truth_as_often_as_they_say(s):
     found = certify.intervals(mean + deviation * normal(19, *x0.shape, seed=2), truth, "")
     assert abs(found[" in 50%"] - 0.5) < 4 * 0.5 / x0.numel() ** 0.5
     assert abs(found[" in 90%"] - 0.9) < 4 * 0.3 / x0.numel() ** 0.5
-    narrow = mean + 0.9 * deviation * normal(19, *x0.shape, seed=2)
-    assert certify.intervals(narrow, truth, "")[" in 90%"] < 0.89
     with pytest.raises(ValueError, match="5 samples"):
-        certify.coverage(narrow[:5], x0, 0.9)
+        certify.coverage(normal(5, *x0.shape, seed=2), x0, 0.9)
 
 
 def test_the_ratios_standard_error_is_that_of_repetitions():
@@ -123,14 +118,6 @@ def test_samples_from_nothing_have_the_power_of_the_prior(figures):
     pale = x0.mean(1, keepdim=True) + 0.5 * (x0 - x0.mean(1, keepdim=True))
     share = certify.spectrum(pale, pale) / certify.spectrum(x0, x0)
     torch.testing.assert_close(share, torch.tensor([[1.0] * 3, [0.25] * 3]).double())
-    row = certify.study_nothing(Path("pale.png"), White(C / 2), x0, "cpu")[-1]
-    gain = (C / 2) ** 2 / ((C / 2) ** 2 + 0.1**2)  # too low for this prior
-    assert abs(row["brightness above"] - C**2 / (C**2 + 0.1**2) / gain) < 0.1
-
-
-# -----------------------------------------------------------------------------
-# Comparisons
-# -----------------------------------------------------------------------------
 
 
 def test_the_wiener_filter_is_a_gaussians_posterior_mean():
@@ -170,33 +157,21 @@ def test_what_is_expected_of_a_gaussian_is_its_posterior_variance():
     assert (true - known).abs().max() < 4 * 4.34 * math.sqrt(2 / x0[0].numel())
 
 
-def test_samples_do_not_depend_on_the_batch(monkeypatch):
-    y, found = normal(5, 3, 4, 4, seed=0), []
-    for batch in (2, 5, 10):
-        monkeypatch.setattr(observations, "BATCH", batch)
-        found.append(observations.samples(lambda y, noise: y + noise(y), y, 0, 2))
-    assert found[0].equal(found[1]) and found[0].equal(found[2])
-    assert not found[0][0].equal(found[0][1])
-    assert ((found[0] - y).mean((1, 2, 3, 4)).abs() < 4 / y.numel() ** 0.5).all()
-
-
 # -----------------------------------------------------------------------------
 # Observations
 # -----------------------------------------------------------------------------
 
 SIGMA_Y = 0.05
-AVERAGED = {"half size": 4, "quarter size": 16, "colour from grey": 3}
 
 
-@pytest.mark.parametrize("name", AVERAGED)
-def test_observations_are_restored_as_well_as_a_white_prior_allows(name):
-    # Of n values the mean is observed: one direction, of variance C^2, with noise n SIGMA_Y^2.
-    x0, A, n = clean(20, 16), observations.OBSERVATIONS[name], AVERAGED[name]
+@pytest.mark.parametrize("name", ["half of the pixels", "quarter size"])
+def test_an_observation_has_its_noise_where_pixels_are_seen(name):
+    x0, A = clean(20, 16), observations.OBSERVATIONS[name]
     y = observations.observe(A, x0, SIGMA_Y, 0)
-    known = C**2 * (1 - C**2 / (C**2 + n * SIGMA_Y**2) / n)
-    mean = observations.applied(sde.posterior_mean, White(), A, SIGMA_Y, x0)
-    error = ((observations.in_batches(mean, y, 0) - x0) ** 2).mean()
-    assert abs(error / known - 1) < 0.05
+    seen = A(torch.ones_like(x0)) > 0
+    noise = (y - A(x0))[seen]
+    assert abs(noise.std() / SIGMA_Y - 1) < 4 / (2 * len(noise)) ** 0.5
+    assert (y == 0).equal(~seen)
 
 
 def test_a_step_of_splitting_is_the_minimum_of_its_two_terms():
@@ -215,10 +190,10 @@ def test_a_step_of_splitting_is_the_minimum_of_its_two_terms():
 
 
 def test_samples_of_an_observation_must_scatter_as_far_as_their_mean_is_off(monkeypatch):
-    def draw(model, y, A, sigma_y, like, noise):  # exact for the prior N(0.5, C^2) (Matheron)
+    def draw(scale, y, A, sigma_y, like, noise):  # exact for the prior N(0.5, C^2) (Matheron)
         x = 0.5 + C * noise(like)
         gain = C**2 / (C**2 + 3 * sigma_y**2)
-        return model * (x + gain * (y - A(x) - sigma_y * noise(y)) - 0.5) + 0.5
+        return scale * (x + gain * (y - A(x) - sigma_y * noise(y)) - 0.5) + 0.5
 
     monkeypatch.setattr(observations, "TYPICAL", ("colour from grey",))
     monkeypatch.setattr(observations, "draw", draw)
@@ -239,25 +214,17 @@ def test_methods_are_compared_on_the_same_images(monkeypatch):
         return 0.5 + strength * (x0 - 0.5)
 
     monkeypatch.setattr(observations, "splitting", splitting)
-    rows, (panel,) = observations.compare(White(), x0, SIGMA_Y, 0, 2, (name, "quarter size"))
+    rows, (panel,) = observations.compare(White(), x0, SIGMA_Y, 0, 2, (name,))
     psnr = utils.psnr(0.5 + 0.9 * (x0 - 0.5), x0)  # of the best strength
-    grey, best, sample, mean, pair = rows[:5]
+    _, best, sample, mean, pair = rows
     assert abs(best["PSNR dB"] - psnr.mean()) < 1e-6 and best["less splitting"] == 0
-    assert [row["images"] for row in rows] == 2 * [3, 3, 2, 2, 3]
-    assert [row["network calls"] for row in rows] == 2 * [0, 24, 3, 24, 24]
+    assert [row["images"] for row in rows] == [3, 3, 2, 2, 3]
+    assert [row["network calls"] for row in rows] == [0, 24, 3, 24, 24]
     assert abs(mean["less splitting"] - (mean["PSNR dB"] - psnr[:2].mean())) < 1e-6
     assert pair["PSNR dB"] > mean["PSNR dB"] > sample["PSNR dB"]
     titles = ["observation", "classical", "splitting", "one sample", "posterior mean"]
     assert [title for title, _, _ in panel] == [*titles, "clean image"] and panel[0][2] == name
     assert panel[0][1].equal(y[0]) and panel[-1][1].equal(x0[0])
-    assert panel[1][1].std(0).max() < 1e-3  # the classical image is grey
-    rows, _ = observations.compare(White(), x0, SIGMA_Y, 0, 0, (name,))
-    assert [row["method"] for row in rows] == ["classical", "splitting", "posterior mean"]
-
-
-# -----------------------------------------------------------------------------
-# Photographs
-# -----------------------------------------------------------------------------
 
 
 def test_two_networks_are_compared_on_the_same_noise():
@@ -281,12 +248,6 @@ def test_levels_found_are_those_added_and_lossless_files_lose_nothing(monkeypatc
     assert 0 <= row["mean loss dB"] <= row["largest loss dB"] < 0.01
 
 
-def test_files_in_memory_are_those_formats():
-    y = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    errors = [(photographs.through(y, name) - y).abs().mean() for name in photographs.FILES]
-    assert 0 == errors[0] < errors[1] < 0.51 / 255 < 2 / 255 < errors[2] < errors[3]
-
-
 def test_grey_images_are_denoised_as_grey_and_beside_the_best_strength(monkeypatch):
     images = [0.5 + 0.2 * normal(1, 32, 32, seed=i) for i in range(2)]
 
@@ -308,11 +269,7 @@ def test_images_come_whole_or_as_their_middle(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(3 * 6 * 8 * 3, dtype=np.uint8).reshape(3, 6, 8, 3))
     whole = photographs.read(tmp_path, 2)
     assert len(whole) == 2 and whole[1].shape == (3, 6, 8)
-    crops = benchmark.read_images(tmp_path, 2, 4)
-    assert crops[1].equal(whole[1][:, 1:5, 2:6])
-    np.save(tmp_path / "b.npy", np.zeros((5, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match="differ in size"):
-        benchmark.read_images(tmp_path, 9, 8)
+    assert benchmark.read_images(tmp_path, 2, 4)[1].equal(whole[1][:, 1:5, 2:6])
 
 
 # -----------------------------------------------------------------------------
@@ -321,7 +278,7 @@ def test_images_come_whole_or_as_their_middle(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(run_script, monkeypatch, tmp_path):
     """Return a function that runs a script with untrained networks on three small images."""
     networks = {"cnn3": ScoreModel("cnn3", 0.1, 0.1)}
     networks["unet"] = ScoreModel("unet", 0.005, 20.0, (8, 8), (1, 1), (0, 0))
@@ -331,31 +288,24 @@ def run(monkeypatch, tmp_path, capsys):
     images = np.random.default_rng(0).integers(256, size=(40, 16, 16, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     monkeypatch.setattr(utils, "training_images", lambda source: images)
+    usual = "--input images.npy --count 3 --checkpoint unet.pt --device cpu --figures ."
 
-    def run(module, line):
-        constants = vars(module)
-        for name, value in utils.options(constants).items():
-            monkeypatch.setattr(module, name.upper(), value)
-        options = f"--input {tmp_path}/images.npy --count 3 --checkpoint {tmp_path}/unet.pt {line}"
-        options = options.replace("TMP", str(tmp_path)) + f" --device cpu --figures {tmp_path}"
-        utils.set_options(constants, options.split())
-        module.main()
-        return capsys.readouterr().out
+    def run(script, line):
+        return run_script(script, f"{usual} {line}")[0]
 
     run.x0 = torch.from_numpy(images[:3]).permute(0, 3, 1, 2) / 255
     return run
 
 
 def test_results_are_of_each_denoiser_and_langevin_runs_start_at_the_noisy_image(run, figures):
-    out = run(benchmark, "--recipe TMP/cnn3.pt --study-count 2 --step-sizes 1e-3 1e-2 --steps 2")
+    out = run(benchmark, "--recipe cnn3.pt --study-count 2 --step-sizes 1e-3 1e-2 --steps 2")
     rows = re.findall(r"^\| (\S.*?) +\| +([\d.]+) ", out, re.MULTILINE)
     assert len(rows) == 9 and rows[0][0] == "noisy" and rows[-1][0] == "**U-Net, one step**"
     y = benchmark.noisy(run.x0, 0.1, 0)
     assert abs(float(rows[0][1]) - benchmark.mean_psnr(y, run.x0)) < 0.01
-    lines = figures["langevin"].axes[0].lines
-    for line in lines[:4]:
-        assert abs(line.get_ydata()[0] - benchmark.mean_psnr(y[:2], run.x0[:2])) < 1e-4
-    np.testing.assert_allclose(lines[0].get_xdata(), 1e-3 * np.arange(40))
+    line = figures["langevin"].axes[0].lines[0]
+    assert abs(line.get_ydata()[0] - benchmark.mean_psnr(y[:2], run.x0[:2])) < 1e-4
+    np.testing.assert_allclose(line.get_xdata(), 1e-3 * np.arange(40))
 
 
 def test_levels_have_their_gains_and_bits(run, figures):
@@ -374,7 +324,6 @@ def test_what_is_expected_is_plotted_over_what_is_true(run, figures, monkeypatch
     true = [float(value) for value in re.findall(r"^\| 0\.\d+ +\| +(\S+) ", out, re.MULTILINE)]
     for axes, mean in zip(figures["expected"].axes, true):
         assert abs(axes.lines[1].get_xdata().mean() - mean) < 0.01
-        assert axes.get_xlim() == axes.get_ylim() and axes.get_box_aspect() == 1
     panels = figures["uncertainty"].axes
     assert len(panels) == 3 * 5 + 1  # the last is the colour bar
     error = panels[4].images[0].get_array()
@@ -385,35 +334,30 @@ def test_what_is_expected_is_plotted_over_what_is_true(run, figures, monkeypatch
     along = row["+2 sd"] - row["-2 sd"]
     variance = 1 / (1 / ScoreModel.sigma_data**2 + 1 / 0.6**2)  # an untrained network is White
     assert abs(along.norm() / variance**0.5 - 4) < 0.01
-    direction = row["direction"] - 0.5
-    assert torch.corrcoef(torch.stack([along.flatten(), direction.flatten()]))[0, 1] > 0.999
     assert row["one step"].allclose((row["+1 sd"] + row["-1 sd"]) / 2, atol=1e-5)
-    assert {note for _, _, note in figures["components"][1]} == {"", "direction 2"}
 
 
 def test_one_step_and_a_sample_are_timed_at_each_size(run, monkeypatch):
     def calls(device, function, *arguments):
         counted = utils.Recorder(arguments[0], 0)
         function(counted, *arguments[1:])
-        return counted.calls / 1
+        return float(counted.calls)
 
     monkeypatch.setattr(benchmark, "seconds_of", calls)
     out = run(benchmark, "--table speed --megapixels 0.01 0.02 --steps 3")
-    assert "seconds at 0.02 megapixels" in out
     assert re.findall(r"\d\.00", out) == ["1.00", "1.00", "3.00", "3.00"]
 
 
 def test_the_typical_observations_are_compared_in_strong_noise_too(run, figures, monkeypatch):
     def restore(model, A, y, sigma_y, x0, *rest):
-        return {"splitting": (0.9 * x0, 24), "one sample": (x0, 3)}
+        return {"splitting": (0.9 * x0, 24)}
 
     monkeypatch.setattr(observations, "restore", restore)
     out = run(benchmark, "--table observations --sigma-y 0.03")
     weak, strong = out.split("noise of 0.1 in the observations")
     for name in observations.OBSERVATIONS:
-        assert weak.count(f"| {name} ") == 2
-        assert strong.count(f"| {name} ") == 2 * (name in observations.TYPICAL)
-    assert [row[0][2] for row in figures["observations"]] == list(observations.TYPICAL)
+        assert weak.count(f"| {name} ") == 1
+        assert strong.count(f"| {name} ") == (name in observations.TYPICAL)
 
 
 def test_certification_prints_its_tables(run, monkeypatch):

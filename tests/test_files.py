@@ -99,14 +99,12 @@ BITS = np.where(G8 > 127, 255, 0).astype(np.uint8)
 PALETTE = Image.fromarray(RGB8).quantize(64)
 COLOURS = np.asarray(PALETTE.convert("RGB"))
 RGB = {"photometric": "rgb"}
-RGBA = RGB | {"extrasamples": ["unassalpha"]}
 LA = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unassalpha"]}
 PLANES = RGB | {"planarconfig": "separate"}
 NEGATIVE = {"photometric": "miniswhite"}
 
 # kind: (how it is written, the values that it stands for, suffix of the result)
 KINDS = {
-    "grey PNG": (pillow(".png", G8), G8, ".png"),
     "PNG of 1 bit": (pillow(".png", BITS, "1"), BITS, ".png"),
     "grey PNG with alpha": (pillow(".png", LA8), LA8, ".png"),
     "grey PNG of three channels": (pillow(".png", G8.repeat(3, 2)), G8.repeat(3, 2), ".png"),
@@ -114,20 +112,16 @@ KINDS = {
     "PNG with a palette": (lambda folder: PALETTE.save(folder / "a.png"), COLOURS, ".png"),
     "grey PNG of 16 bits": (pillow(".png", G16), G16, ".png"),
     "RGBA PNG of 16 bits": (openimageio(".png", RGBA16, "uint16"), RGBA16, ".png"),
-    "PGM of 16 bits": (openimageio(".pgm", G16, "uint16"), G16, ".png"),
     "WebP with alpha": (pillow(".webp", RGBA8, lossless=True, exact=True), RGBA8, ".png"),
     "JPEG 2000 of 16 bits": (pillow(".jp2", G16, irreversible=False), G16, ".png"),
     "half EXR": (openimageio(".exr", HALF, "half"), HALF.astype("f4"), ".tif"),
     "TIFF, white is zero": (tiff(255 - G8[..., 0], **NEGATIVE), G8, ".tif"),
     "TIFF of 16 bits, white is zero": (tiff(65535 - G16[..., 0], **NEGATIVE), G16, ".tif"),
-    "big-endian TIFF": (tiff(RGB16, byteorder=">", **RGB), RGB16, ".tif"),
     "RGB TIFF in planes": (tiff(RGB16.transpose(2, 0, 1), **PLANES), RGB16, ".tif"),
     "TIFF of signed values": (tiff(values("i2")[..., 0] - 99), values("i2")[..., :1] - 99, ".tif"),
     "grey TIFF with alpha": (tiff(LA16, **LA), LA16, ".tif"),
-    "RGB TIFF with alpha": (tiff(RGBA16, **RGBA), RGBA16, ".tif"),
     "float TIFF beyond [0, 1]": (tiff(4 * FLOAT - 2, **RGB), 4 * FLOAT - 2, ".tif"),
     "TIFF of doubles": (tiff(DOUBLE, **RGB), DOUBLE, ".tif"),
-    "half TIFF": (tiff(HALF, **RGB), HALF.astype("f4"), ".tif"),
     "TIFF of pages": (pages(*PAGES), PAGES, ".tif"),
 }
 ARRAYS = [values(dtype) for dtype in ("u1", ">u2", "i2", "f2", "f4", "f8")]
@@ -162,28 +156,17 @@ def test_at_the_lowest_noise_level_a_file_comes_back_as_it_was(tmp_path, run, lo
     assert np.array_equal(found.values[0], RGBA16)
 
 
-def test_a_png_is_compressed(tmp_path):
-    pillow(".png", np.zeros((200, 200, 3), np.uint8))(tmp_path)
-    image = read(tmp_path)
-    utils.write_image(tmp_path / "b.png", image, image.pixels)
-    assert (tmp_path / "b.png").stat().st_size < 200 * 200 * 3 / 50
-
-
-def test_of_an_animation_the_first_frame_is_read_and_the_others_are_counted(tmp_path):
-    others = [Image.fromarray(RGB8[::-1]).quantize(64), Image.fromarray(RGB8 // 2).quantize(64)]
-    PALETTE.save(tmp_path / "a.gif", save_all=True, append_images=others)
-    told = []
-    image = read(tmp_path, notify=told.append)
-    assert np.array_equal(image.values[..., :3], COLOURS[None]) and image.suffix == ".png"
-    assert len(told) == 1 and "a.gif': 2 further frames are left out" in told[0]
-
-
-def test_pages_unlike_the_first_are_left_out_and_counted(tmp_path):
+def test_frames_unlike_the_first_are_left_out_and_counted(tmp_path):
     pages(RGB8, RGB8[::2, ::2].copy(), RGB16, RGB8 // 2)(tmp_path)
+    others = [Image.fromarray(RGB8[::-1]).quantize(64), Image.fromarray(RGB8 // 2).quantize(64)]
+    PALETTE.save(tmp_path / "b.gif", save_all=True, append_images=others)
     told = []
-    image = read(tmp_path, notify=told.append)
-    assert np.array_equal(image.values, [RGB8, RGB8 // 2])
-    assert len(told) == 1 and "a.tif': 2 further frames are left out" in told[0]
+    stack, animation = utils.read_images(tmp_path, notify=told.append)
+    assert np.array_equal(stack.values, [RGB8, RGB8 // 2])
+    assert np.array_equal(animation.values[..., :3], COLOURS[None]) and animation.suffix == ".png"
+    assert len(told) == 2
+    assert "a.tif': 2 further frames are left out" in told[0]
+    assert "b.gif': 2 further frames are left out" in told[1]
 
 
 def test_inks_are_read_as_the_colours_that_they_print(tmp_path):
@@ -241,11 +224,6 @@ def test_black_and_white_give_the_files_values_of_0_and_1(tmp_path, run, bare):
         assert f"--white {white} must be above --black 5" in err
 
 
-# -----------------------------------------------------------------------------
-# What cannot be read is named
-# -----------------------------------------------------------------------------
-
-
 def encoded(form):
     """Return the bytes of an image in that format."""
     file = io.BytesIO()
@@ -272,16 +250,13 @@ BROKEN = {  # kind: (how it is written, words of the message)
     "nothing": (raw(".tif", b""), ""),
     "a cut PNG": (raw(".png", encoded("png")[:-200]), ""),
     "a cut JPEG": (raw(".jpg", encoded("jpeg")[:-200]), ""),
-    "a cut TIFF": (raw(".tif", bare_tiff(0)[:60]), ""),
     "a cut array": (raw(".npy", b"\x93NUMPY\x01\0"), ""),
     "a pipe": (fifo, "not a regular file"),
     "a missing number": (npy(not_a_number()), "values that are not numbers"),
-    "a missing number in a TIFF": (tiff(not_a_number(), **RGB), "not numbers"),
     "an infinite number": (npy(values("f8") * 1e300), "values that are not numbers"),
     "five channels": (tiff(values("u1", 5), **UNKNOWN), "12, 14, 5); expected numbers, channels"),
     "four that are no colours": (tiff(RGBA8, **UNKNOWN), "4 channels without alpha"),
     "channels first": (npy(RGB8.transpose(2, 0, 1)), "(3, 12, 14); expected numbers, channels"),
-    "grey frames": (npy(values("u1", 1, 5)[..., 0]), "(5, 12, 14)"),
     "no pixels": (npy(np.zeros((0, 5, 3), "u1")), ""),
     "truth values": (npy(G8 > 127), "bool"),
     "objects": (npy(np.array([[None]])), ""),
@@ -323,17 +298,14 @@ def test_one_input_that_cannot_be_read_is_one_line(tmp_path, run):
         assert not out and reason in err and word in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_tiff_whose_pages_form_a_ring_ends(count, tmp_path):
+def test_a_tiff_whose_pages_form_a_ring_ends(tmp_path):
     ring = bare_tiff(72)
-    if count == 2:
-        second = ring[72:-4] + struct.pack("<I", 72)
-        ring = ring[:-4] + struct.pack("<I", len(ring)) + second
-    raw(".tif", ring)(tmp_path)
+    second = ring[72:-4] + struct.pack("<I", 72)
+    raw(".tif", ring[:-4] + struct.pack("<I", len(ring)) + second)(tmp_path)
     faulthandler.dump_traceback_later(60, exit=True)
     image = read(tmp_path)
     faulthandler.cancel_dump_traceback_later()
-    assert len(image.pixels) <= count
+    assert len(image.pixels) <= 2
 
 
 # -----------------------------------------------------------------------------
@@ -391,17 +363,8 @@ def test_no_name_is_too_odd(tmp_path, run):
     assert name in out
 
 
-# -----------------------------------------------------------------------------
-# Whatever comes: a result or one line
-# -----------------------------------------------------------------------------
-
-fuzz = settings(
-    max_examples=40,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+fuzz = settings(max_examples=40, derandomize=True, **options)
 
 
 @fuzz
@@ -410,15 +373,13 @@ def test_a_damaged_file_is_read_or_named(data, tmp_path):
     form = data.draw(st.sampled_from(["png", "jpeg", "tiff", "bmp", "gif", "webp", "npy"]))
     path, content = tmp_path / f"a.{form}", bytearray(encoded(form))
     place = data.draw(st.integers(0, len(content) - 1))
-    kind = data.draw(st.sampled_from(["cut", "turn", "zero", "more"]))
+    kind = data.draw(st.sampled_from(["cut", "turn", "zero"]))
     if kind == "cut":
         del content[place:]
     elif kind == "turn":
         content[place] ^= 1 << data.draw(st.integers(0, 7))
-    elif kind == "zero":
-        content[place : place + 30] = bytes(30)
     else:
-        content += bytes(30)
+        content[place : place + 30] = bytes(30)
     path.write_bytes(content)
     try:
         for image in utils.read_images(path, notify=str):
