@@ -294,9 +294,6 @@ def plot_uncertainty(path, model, x0, count=64, probes=256):
     drawn = samples(lambda y, z: sde.adams(model, y, levels, noise=z), y, SEED, count)
     squares = variance.clamp(min=0).cpu(), drawn.var(0), ((denoised - x0) ** 2).cpu()
     maps = [square.mean(1).sqrt() for square in squares]
-    means = " and ".join(f"{deviation.mean():.4f}" for deviation in maps[:2])
-    correlation = torch.corrcoef(torch.stack(maps[:2]).flatten(1))[0, 1]
-    print(f"\nthe two maps of deviation: correlation {correlation:.3f}, means {means}")
     names = "noisy", "one step", "deviation, Jacobian", f"of {count} samples", "error of one step"
     figure, axes = utils.new_figure(8.4, 1.5 * len(x0) + 0.2, len(x0), len(names))
     for k, line in enumerate(axes):
