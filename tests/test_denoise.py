@@ -190,16 +190,6 @@ def test_a_batch_is_of_one_shape_and_kind_and_not_too_large(monkeypatch):
     assert grouped() == [[0], [1], [2], [3], [4], [5], [6], [7, 8]]
 
 
-def test_noise_is_one_stream_neither_clipped_nor_rounded():
-    x = torch.full((4, 3, 32, 32), 0.5)
-    noise = np.random.default_rng(3).standard_normal((4, 32, 32, 3))
-    found = denoise.add_noise(x, 0.4, np.random.default_rng(3)).permute(0, 2, 3, 1)
-    np.testing.assert_allclose(found, 0.5 + 0.4 * noise, atol=1e-6)
-    rng = np.random.default_rng(3)
-    apart = [denoise.add_noise(part, 0.4, rng) for part in x.split(1)]
-    assert torch.equal(torch.cat(apart).permute(0, 2, 3, 1), found)
-
-
 def test_a_grey_image_stays_grey_and_is_denoised_as_one(tmp_path, run, bare):
     grey = pixels(12, 14)
     save(tmp_path, a=grey, b=grey[..., None].repeat(3, 2))

@@ -47,9 +47,8 @@ def tiff(array, **options):
 
 def pages(*arrays):
     def write(folder):
-        with tifffile.TiffWriter(folder / "a.tif") as file:
-            for page in arrays:
-                file.write(page, photometric="rgb")
+        for k, page in enumerate(arrays):
+            tifffile.imwrite(folder / "a.tif", page, photometric="rgb", append=k > 0)
 
     return write
 

@@ -160,13 +160,6 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_state():
         assert (model(x, 1e-6) - x).abs().max() < 1e-4
 
 
-def test_inference_mode_and_a_batch_of_none_work():
-    model, x = small_model(), images(2, 3, 8, 8)
-    with torch.inference_mode():
-        assert torch.equal(model(x, torch.tensor([0.1, 0.1])), model(x, 0.1))
-    assert model(x[:0], 0.1).shape == (0, 3, 8, 8)
-
-
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_images_and_levels_is_a_batch():
     model, x, sigma = small_model(), images(3, 3, 9, 8), torch.tensor([0.1, 0.2, 0.5])

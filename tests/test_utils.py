@@ -287,17 +287,6 @@ def test_tiles_give_the_image_whole_and_its_gradient(size, side):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-def test_a_large_batch_is_split_and_each_image_keeps_its_level():
-    x, sigma, sizes = uniform(7, 1, 8, 8), uniform(7, seed=1), []
-
-    def denoiser(x, s):
-        sizes.append(len(x))
-        return s.view(-1, 1, 1, 1) * x
-
-    found = utils.tiled(denoiser, pixels=3 * 64)(x, sigma)
-    assert sizes == [3, 3, 1] and torch.equal(found, sigma.view(-1, 1, 1, 1) * x)
-
-
 def test_noise_of_an_image_depends_on_its_own_seed_alone():
     x = torch.zeros(3, 1, 20, 20)
     first, again = utils.seeded_noise([5, 6, 5]), utils.seeded_noise([6])
