@@ -193,18 +193,14 @@ def test_the_posterior_mean_is_that_of_a_gaussian_prior_in_24_calls(A, sigma_y):
     x0, _, _ = problem(A, 0, UNEVEN)
     y = A(x0)
     exact = change(torch.full_like(x0, MU), UNEVEN.K, y, A, sigma_y)
-    asked = []
+    images = []
 
     def denoiser(x, s):
-        asked.append((x.detach(), float(s)))
+        images.append(len(x))
         return UNEVEN(x, s)
 
     with torch.inference_mode():
         found = sde.posterior_mean(denoiser, y, A, sigma_y, x0, noise=stream(0))
     errors = [relative_error(v, MU, exact) for v in (found, sde.fill(y, A, sigma_y, x0))]
     assert errors[0] < 0.05 and errors[0] < errors[1] / 2
-    assert sum(len(x) for x, _ in asked) == 24 * len(x0) and not found.requires_grad
-    for x, s in asked[0], asked[4]:  # where the first pair and the second start
-        first, second = x.chunk(2)
-        noise = ((first - second) / 2).std().item()
-        assert noise == pytest.approx(s, rel=4 / math.sqrt(2 * x0.numel()))
+    assert sum(images) == 24 * len(x0) and not found.requires_grad
