@@ -55,11 +55,6 @@ def test_attention_is_softmax_attention_within_each_window(size):
             torch.testing.assert_close(there, expected, rtol=1e-4, atol=1e-5)
 
 
-# -----------------------------------------------------------------------------
-# The denoiser
-# -----------------------------------------------------------------------------
-
-
 def test_untrained_blocks_are_the_identity_and_the_unet_is_a_wiener_estimate():
     x = images(2, 32, 6, 6)
     assert torch.equal(ResidualBlock(32, 4)(x, images(2, 4)), x)
@@ -144,11 +139,6 @@ def test_networks_that_cannot_be_are_refused(change, words):
         ScoreModel(**SMALL | change)
 
 
-# -----------------------------------------------------------------------------
-# In other people's programs
-# -----------------------------------------------------------------------------
-
-
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_state():
     x, kinds = images(2, 3, 8, 8, dtype=torch.float64), []
     for autocast, kind in ((False, torch.float32), (True, torch.bfloat16)):
@@ -195,11 +185,6 @@ def test_the_gpu_gives_what_the_cpu_gives(size):
     for denoiser in (model, torch.compile(model, dynamic=False)):
         found = with_gradient(denoiser, "cuda")
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
-
-
-# -----------------------------------------------------------------------------
-# Files
-# -----------------------------------------------------------------------------
 
 
 def saved(path, **changes):

@@ -39,11 +39,6 @@ def photograph(size, top=0, left=150):
     return torch.from_numpy(part / 255).permute(2, 0, 1)[None].float()
 
 
-# -----------------------------------------------------------------------------
-# The most likely level
-# -----------------------------------------------------------------------------
-
-
 def test_the_estimate_is_the_most_likely_level():
     # The derivative of log p_s(y) is 0 at the exact root. Hutchinson's trace has a variance of
     # 2 sum_offdiagonal (I - J)^2 / probes; over the slope of the equation, an error of log s.
@@ -147,11 +142,6 @@ def test_all_values_count_where_none_is_clipped():
 def test_an_image_that_is_clipped_everywhere_has_no_noise():
     y = (-0.5 + 0.01 * normal(1, 3, 8, 8)).clamp(0, 1)
     assert sde.estimate_sigma(known(torch.zeros_like(y)), y, 0.005, 1.0).item() == 0.005
-
-
-# -----------------------------------------------------------------------------
-# The level of a file, and what its owner is told
-# -----------------------------------------------------------------------------
 
 
 def flat(x, sigma):

@@ -63,10 +63,6 @@ def flow(stop):
     return MU + C**2 / math.sqrt((C**2 + stop**2) * (C**2 + SIGMA**2)) * (Y - MU), 0.0
 
 
-# -----------------------------------------------------------------------------
-# SDEs and noise levels
-# -----------------------------------------------------------------------------
-
 T = torch.linspace(0.01, 1, 5, dtype=torch.float64)
 BETA, DECAY = 0.1 + 19.9 * T, torch.exp(-(0.1 * T + 9.95 * T**2))  # beta and e^-B
 
@@ -98,11 +94,6 @@ def test_noise_levels_fall_evenly_in_the_chosen_power():
     torch.testing.assert_close(geometric.log().diff(), even)
     assert noise_levels(0.5, 0.01, 1).tolist() == [0.5]
     assert noise_levels(0.005, 0.01, 9).tolist() == [0.005]
-
-
-# -----------------------------------------------------------------------------
-# What a sampler is given
-# -----------------------------------------------------------------------------
 
 
 def given(sampler, levels):
@@ -167,11 +158,6 @@ def test_noise_is_unit_gaussian_unless_given():
     others = [sde.langevin, sde.expected_error, sde.principal_components, sde.posterior_mean]
     for function in POSTERIOR_SAMPLERS + others:
         assert inspect.signature(function).parameters["noise"].default is torch.randn_like
-
-
-# -----------------------------------------------------------------------------
-# Samplers
-# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", EVERY_SAMPLER)
