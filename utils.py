@@ -28,9 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def options(constants):
-    """Return the upper-case constants of a script, its globals(), by the names of their options."""
+    """Return the upper-case constants of a script, its globals(), by the names of their options.
+
+    A dictionary is none, and no name that starts with an underscore.
+    """
     upper = [name for name in constants if name.isupper() and not name.startswith("_")]
-    return {name.lower(): constants[name] for name in upper}
+    plain = [name for name in upper if not isinstance(constants[name], dict)]
+    return {name.lower(): constants[name] for name in plain}
 
 
 def set_options(constants, arguments=None, positional=None):

@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import photographs
 
 import denoise
+import observations
 import sde
 import utils
 from model import load_model
-from observations import OBSERVATIONS, TYPICAL, compare, in_batches, mean_and_error, samples
+from observations import in_batches, mean_and_error, samples
 
 # -----------------------------------------------------------------------------
 TABLE = "results"  # one of those above
@@ -55,8 +56,6 @@ SEED = 0  # of the noise (numpy's default_rng) and, plus the image's number, of 
 DEVICE = "auto"  # "auto" (GPU if there is one), "cpu", "cuda", "cuda:1"
 PRECISION = "auto"  # "bfloat16", "float32", or "auto" (bfloat16 where the hardware has it)
 # -----------------------------------------------------------------------------
-
-BLUE, ORANGE, GREEN, RED, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
 
 def read_model(path, device, precision, sigmas=()):
@@ -142,8 +141,8 @@ def plot_langevin(path, recipe, model, y, x0, end=0.04):
     runs = [(f"step size {size:g}", recipe, size, None) for size in STEP_SIZES]
     runs.append((f"step size {STEP_SIZES[0]:g}, no noise added", recipe, STEP_SIZES[0], 0.0))
     runs.append((f"step size {STEP_SIZES[0]:g}, U-Net", model, STEP_SIZES[0], None))
-    styles = cycle([(BLUE, "-", 4), (ORANGE, "--", 2.5), ("black", ":", 1.5)])
-    styles = [next(styles) for _ in STEP_SIZES] + [(PINK, "-", 1.5), (GREEN, "-.", 1.5)]
+    styles = cycle([("tab:blue", "-", 4), ("tab:orange", "--", 2.5), ("black", ":", 1.5)])
+    styles = [next(styles) for _ in STEP_SIZES] + [("tab:pink", "-", 1.5), ("tab:green", "-.", 1.5)]
     for run, (color, line, width) in zip(tqdm(runs, leave=False, disable=None), styles):
         label, network, size, temperature = run
         x, psnrs = y, []
@@ -238,7 +237,7 @@ def plot_levels(path, rows, count):
     figure, axes = new_axes(title, *labels)
     sigmas = [float(row["sigma"]) for row in rows]
     gains = [row["one step, PSNR dB"] - row["Wiener filter, PSNR dB"] for row in rows]
-    axes.semilogx(sigmas, gains, marker="o", color=BLUE)
+    axes.semilogx(sigmas, gains, marker="o", color="tab:blue")
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks(sigmas, [row["sigma"] for row in rows])
     axes.minorticks_off()
@@ -275,7 +274,7 @@ def expected_table(device):
         rows.append(row)
         ends = min(found.min(), true.min()) - 0.5, max(found.max(), true.max()) + 0.5
         axes.plot(ends, ends, color="black", linewidth=1)
-        axes.plot(true, found, ".", color=BLUE, markersize=4)
+        axes.plot(true, found, ".", color="tab:blue", markersize=4)
         axes.set(xlim=ends, ylim=ends, box_aspect=1)
         axes.set(xlabel="true PSNR, dB", ylabel="expected PSNR, dB", title=f"$\\sigma$ = {sigma:g}")
         axes.grid(alpha=0.3)
@@ -362,10 +361,10 @@ def photographs_table(device):
 def observations_table(device):
     model = read_model(CHECKPOINT, device, PRECISION)
     x0 = read_images(INPUT, COUNT, CROP).to(device)
-    for sigma_y, names in ((SIGMA_Y, OBSERVATIONS), (0.1, TYPICAL)):
-        rows, panels = compare(model, x0, sigma_y, SEED, OBSERVED_DRAWS, names)
+    for sigma_y, names in ((SIGMA_Y, observations.OBSERVATIONS), (0.1, observations.TYPICAL)):
+        rows, panels = observations.compare(model, x0, sigma_y, SEED, OBSERVED_DRAWS, names)
         print(f"\nnoise of {sigma_y:g} in the observations\n{utils.table(rows)}", flush=True)
-        if names is OBSERVATIONS:
+        if names is observations.OBSERVATIONS:
             utils.plot_images(Path(FIGURES, "observations.png"), panels, truth=True, detail=0)
 
 

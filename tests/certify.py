@@ -20,7 +20,6 @@ from pathlib import Path
 import benchmark  # first: it also puts the project on the path
 import torch
 import torch.nn.functional as F
-from benchmark import BLUE, GREEN, PINK, RED
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -193,12 +192,13 @@ def summary(found):
     return table
 
 
-def certify_observations(model, x0, count=9):
+def certify_observations(model, x0, count=4):
     """Return a row for each observation: whether samples scatter as far as their mean is off.
 
-    The squared error of the mean of n samples is 1 + 1/n times their variance.
+    The squared error of the mean of n samples is 1 + 1/n times their variance, and the truth lies
+    among them, below the largest and above the smallest, with probability (n - 1) / (n + 1).
     """
-    rows, truth = [], x0.cpu()
+    rows, truth, share = [], x0.cpu(), (count - 1) / (count + 1)
     for name in tqdm(observations.TYPICAL, leave=False, disable=None):
         A = observations.OBSERVATIONS[name]
         y = observations.observe(A, x0, SIGMA_Y, SEED)
@@ -208,7 +208,7 @@ def certify_observations(model, x0, count=9):
         squared, uncertainty = ratio(variance, squared_error(samples.mean(0), truth))
         row = {"observation": name, "spread / error": squared**0.5}
         row["±"] = uncertainty / (2 * squared**0.5)
-        rows.append(row | {"truth in 80%": coverage(samples, truth, 0.8)})
+        rows.append(row | {f"truth in {share:.0%}": coverage(samples, truth, share)})
     return rows
 
 
@@ -228,10 +228,10 @@ def corrected(denoiser, y, levels, noise, observe):
 
 
 FORGETTING = {  # label: sampler, color and marker
-    "plain Langevin (the recipe)": (plain, RED, "v"),
-    "corrections by the score alone": (partial(corrected, observe=False), PINK, "s"),
-    "corrections with the pull of y": (partial(corrected, observe=True), BLUE, "o"),
-    "annealed Langevin with the pull of y": (sde.annealed_langevin, GREEN, "^"),
+    "plain Langevin (the recipe)": (plain, "tab:red", "v"),
+    "corrections by the score alone": (partial(corrected, observe=False), "tab:pink", "s"),
+    "corrections with the pull of y": (partial(corrected, observe=True), "tab:blue", "o"),
+    "annealed Langevin with the pull of y": (sde.annealed_langevin, "tab:green", "^"),
 }
 
 
