@@ -12,7 +12,6 @@ field has an exact denoiser: a deviation there comes from the sampler. Samples f
 must scatter as far as their mean is off.
 """
 
-import math
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -293,7 +292,7 @@ def study_nothing(path, model, x0, device):
     rows, high = [], model.sigma_max
     starts = [(high, 40), (high, 160), (5, 40), (1, 40), (0.3, 40)]
     for start, calls in [*starts, (1, 1), (0.3, 1), (0.1, 1)]:
-        levels = sde.noise_levels(start, model.sigma_min, calls, math.inf)
+        levels = sde.noise_levels(start, model.sigma_min, calls)
         middle = torch.full_like(x0, 0.5) if start == high else x0
 
         def run(middle, noise, start=start, levels=levels):
