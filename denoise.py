@@ -292,7 +292,8 @@ def level_and_denoiser(model, network, y, sigma, image, notify):
         return sigma, grey(network, canvas(y))
     low, high = level_range(model, y)
     sigma, notes = image_level(network, y, low, min(high, 1.0), image.black, image.white)
-    notify(", ".join([f"{image.name}: noise level estimated at {sigma:.4f}", *notes]))
+    found = "estimated at" if low < high else "taken to be"
+    notify(", ".join([f"{image.name}: noise level {found} {sigma:.4f}", *notes]))
     return sigma, unchanged if sigma == low < high else grey(network, y)
 
 
