@@ -19,10 +19,9 @@ and returns its state.
 
 import functools
 from itertools import pairwise
-from math import exp, expm1, inf, log, sqrt
+from math import exp, expm1, inf, log, pi, sqrt
 from numbers import Integral
 
-import scipy.fft
 import torch
 
 LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
@@ -613,21 +612,25 @@ def observed(
     return posterior
 
 
-def posterior_mean(denoiser, y, A, sigma_y, like, start=0.5, noise=torch.randn_like):
+def posterior_mean(denoiser, y, A, sigma_y, like, noise=torch.randn_like):
     """Return E[x0 | y], the most accurate estimate from y = A(x0) + sigma_y n, in 12 pair calls.
 
     The mean of an antithetic pair of samples is worth some 30 independent samples. The first pair
-    comes from a classical fill plus noise of level `start`, on 4 levels. Four more pairs, on 2
-    levels each, start around the mean of the pair before: each is more accurate than the last.
+    comes from a classical fill plus noise, two more from the mean of the pair before.
+
+    A mean is smoother than the images it is the mean of, so a network takes it for more certain
+    than it is. Two factors, chosen on images, make up for that: the states have 0.85 of the noise
+    of their level, and sigma_y counts as 0.8 of what it is.
 
     like: as in `fill`; noise: for a batch of this size; for the rest see `observed`.
     """
-    posterior = observed(denoiser, torch.cat([y, y]), A, sigma_y)
+    posterior = observed(denoiser, torch.cat([y, y]), A, 0.8 * sigma_y)
     noise = antithetic(noise)
     mean = fill(y, A, sigma_y, like)
-    for levels in [noise_levels(start, 0.1, 4)] + 4 * [noise_levels(0.15, 0.06, 2)]:
-        both = torch.cat([mean, mean])
-        pair = adams(posterior, both + levels[0] * noise(both), levels, noise=noise)
+    for high, low in ((0.5, 0.1), (0.3, 0.06), (0.15, 0.06)):
+        start = torch.cat([mean, mean])
+        start = start + 0.85 * high * noise(start)
+        pair = adams(posterior, start, noise_levels(high, low, 4), noise=noise)
         mean = pair.unflatten(0, (2, len(y))).mean(0)
     return mean
 
@@ -724,12 +727,22 @@ def _dot(a, b):  # of each image, in a shape that multiplies images
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
+@torch.no_grad()
 def _filter(x, gain):
     """Multiply the discrete cosines of images (B, C, H, W) by gain, (C, H, W) or one for each."""
-    return _cosines(gain * _cosines(x), scipy.fft.idctn)
+    return _cosines(gain * _cosines(x), inverse=True)
 
 
-def _cosines(x, transform=scipy.fft.dctn):
+def _cosines(x, inverse=False):
     """Return the orthogonal cosine transform over all axes of each image (B, C, H, W)."""
-    cosines = transform(x.numpy(force=True), axes=(1, 2, 3), norm="ortho")
-    return torch.from_numpy(cosines).to(x.device)
+    bases = [_cosine_basis(n, x.dtype, x.device) for n in x.shape[1:]]
+    C, H, W = (basis.T for basis in bases) if inverse else bases
+    return torch.einsum("cd,bdhw->bchw", C, H @ x @ W.T)
+
+
+@functools.cache
+def _cosine_basis(n, dtype, device):  # as rows
+    k = torch.arange(n, dtype=torch.float64)
+    basis = sqrt(2 / n) * (k[:, None] * (k + 0.5) * pi / n).cos()
+    basis[0] /= sqrt(2)
+    return basis.to(device, dtype)

