@@ -502,7 +502,7 @@ def natural_power(x):
     """
     f, g = (torch.arange(n, dtype=x.dtype, device=x.device) / (2 * n) for n in x.shape[2:])
     f = f[:, None]
-    c = [8.6e-3 / 3]  # of one channel; below, of the sum of three over sqrt(3)
+    c = [8.6e-3 / 3]  # of the mean of the channels; below, of their sum over sqrt(3)
     if x.shape[1] == 3:
         c = [8.6e-3, 2.4e-4, 9e-5]
     shape = torch.exp(-10.6 * (f**2 + g**2)) / ((f + g) ** 2 + 0.07 / x[0, 0].numel())
@@ -512,9 +512,10 @@ def natural_power(x):
 def antithetic(noise):
     """Return noise for a batch of two halves: z and -z (Hammersley and Morton 1956).
 
-    A sampler then draws antithetic pairs: sample k and sample k + B / 2 of the batch. In the mean
-    of a pair all that is linear in the noise cancels, so for a Gaussian prior it is the posterior
-    mean, whatever the noise. Raises ValueError for a batch of odd size.
+    A sampler then draws antithetic pairs, sample k and sample k + B / 2 of the batch; both halves
+    must have the same y. In the mean of a pair all that is linear in the noise cancels. For a
+    Gaussian prior that is all of it: a pair has the mean of all samples, with `adams` and eta 1
+    E[x0 | y]. Raises ValueError for a batch of odd size.
     """
 
     def pairs(x):
@@ -525,18 +526,19 @@ def antithetic(noise):
     return pairs
 
 
-def fill(y, A, sigma_y, like, power=natural_power):
+def fill(y, A, sigma_y, like):
     """Return a classical estimate of x0 from y = A(x0) + sigma_y n, without a network.
 
-    It is the posterior mean for the Gaussian prior N(m, P), m = 0.5, P of variances power(x):
+    It is the posterior mean for the Gaussian prior N(m, P), m = 0.5, P of `natural_power`:
 
-        m + w,  (A^T A + sigma_y^2 P^-1) w = A^T (y - A(m)).
+        m + w,  (A^T A + sigma_y^2 P^-1) w = A^T (y - A(m)),
 
-    like: (B, C, H, W), images of the shape, type and device wanted. For the rest see `observed`.
+    where an A that is not linear is linearised at m. like: (B, C, H, W), images of the shape, type
+    and device wanted. For the rest see `observed`.
     """
     middle = torch.full_like(like, 0.5)
     near = _Tangent(A, middle)
-    roughness = sigma_y**2 / power(middle)
+    roughness = sigma_y**2 / natural_power(middle)
     response = _power(lambda w: near.backwards(near.forwards(w)), middle).sqrt()
 
     def system(w):
@@ -552,31 +554,40 @@ def fill(y, A, sigma_y, like, power=natural_power):
 def observed(
     denoiser, y, A, sigma_y, power=natural_power, resolution=0.03, tolerance=0.1, iterations=8
 ):
-    """Return a denoiser that knows y = A(x0) + sigma_y n as well: (x, sigma) -> E[x0 | x, y].
+    """Return a denoiser given y = A(x0) + sigma_y n as well: (x, sigma) -> E[x0 | x, y].
 
         E[x0 | x, y] = D + V A^T u,  (sigma_y^2 + A V A^T) u = y - A(D),
-        V = Cov[x0 | x] = sigma^2 dD/dx
+        V = Cov[x0 | x] = sigma^2 (dD/dx)^T
 
     (moment matching, Rozet et al. 2024), exact where x0 given x is Gaussian and A affine. Another A
-    is linearised at D; where it bends within the uncertainty of x0, as clipping does, samples
-    scatter too little or too much. Every sampler takes this denoiser as it is.
+    is linearised at D. Where it is not linear over the spread of x0 given x, as with clipping,
+    samples scatter too little or too much.
 
-    The equation is solved by generalised conjugate residuals until its residual is `tolerance` of
-    y - A(D). An iteration takes one network call backwards. Two to eight do, since the equation
-    is preconditioned by itself with G for V, the covariance of x0 given x under a Gaussian prior
-    N(m, power(x)). A network resolves dD/dx to about 0.01; below, not even the sign is right. So
-
-        V = F (sigma^2 dD/dx) F + (1 - F^2) G,  F^2 = r / (r + resolution),
-
-    where r is G / sigma^2 of a frequency: what the network cannot resolve comes from the prior. For
-    an exact solution of the equation give resolution 0, a small tolerance and more iterations.
+    Every sampler takes this denoiser. Its first argument is then not y but a start: an image such
+    as that of `fill`, plus noise of the first level. `predictor_corrector` and `annealed_langevin`
+    also pull towards that start at every level.
 
     y        the observations, (B, ...), one for each image of x
     A        a differentiable function, (B, C, H, W) -> (B, ...), in which images do not mix
     sigma_y  the standard deviation of its noise, in the units of y, above 0
     power    x -> variances (C, H, W), above 0, of the discrete cosines of clean images like x
-    The result carries no gradient. Raises ValueError unless sigma_y > 0; and where y asks for a
-    change by 10 or more, or by NaN: the sampling has diverged.
+
+    A network's dD/dx has eigenvalues from 0 to 1, and an error of about 0.01: of smaller ones not
+    even the sign is right. What it cannot resolve comes from a Gaussian prior of variances
+    power(x) (our addition):
+
+        V = F sigma^2 (dD/dx)^T F + (1 - F^2) G,  F^2 = r / (r + resolution),
+
+    where r = power / (power + sigma^2), one number for each cosine, are the eigenvalues of dD/dx
+    under that prior, and G = sigma^2 r is its covariance.
+
+    The equation is solved by generalised conjugate residuals, until the residual is `tolerance` of
+    y - A(D) or after so many iterations, of one backward pass through the network each. Two to
+    eight are usual, since the preconditioner solves the same equation with G for V. For an exact
+    solution give resolution 0, a small tolerance and more iterations.
+
+    The result carries no gradient. Raises ValueError unless sigma_y > 0; and where V A^T u reaches
+    10 or is NaN: the units are wrong, or the sampling has diverged.
     """
     _check(sigma_y > 0, "sigma_y must be positive (rounding to 8 bits alone is 0.3 / 255)", sigma_y)
 
@@ -592,7 +603,7 @@ def observed(
             return resolved + _filter(v, (1 - trust) * gaussian)
 
         near = _Tangent(A, denoised)
-        precondition = _gaussian_solver(near, gaussian, sigma_y, steps=20, tolerance=0.1)
+        precondition = _gaussian_solver(near, gaussian, sigma_y)
 
         def respond(residual):
             u = precondition(residual)
@@ -613,16 +624,17 @@ def observed(
 
 
 def posterior_mean(denoiser, y, A, sigma_y, like, noise=torch.randn_like):
-    """Return E[x0 | y], the most accurate estimate from y = A(x0) + sigma_y n, in 12 pair calls.
+    """Return an estimate of E[x0 | y] from y = A(x0) + sigma_y n, in 24 network calls an image.
 
-    The mean of an antithetic pair of samples is worth some 30 independent samples. The first pair
-    comes from a classical fill plus noise, two more from the mean of the pair before.
+    It is the mean of an antithetic pair of samples. The first pair starts from a classical fill plus
+    noise, two more from the mean of the pair before.
 
-    A mean is smoother than the images it is the mean of, so a network takes it for more certain
-    than it is. Two factors, chosen on images, make up for that: the states have 0.85 of the noise
-    of their level, and sigma_y counts as 0.8 of what it is.
+    Such a mean is smoother than images are, so the network underestimates the variances V there.
+    Two factors, chosen on images, make up for that: each pair starts with 0.85 of the noise of its
+    first level, and sigma_y is multiplied by 0.8.
 
-    like: as in `fill`; noise: for a batch of this size; for the rest see `observed`.
+    like: as in `fill`. noise: for images like it. A must take B and 2 B images. For the rest see
+    `observed`.
     """
     posterior = observed(denoiser, torch.cat([y, y]), A, 0.8 * sigma_y)
     noise = antithetic(noise)
@@ -652,10 +664,10 @@ class _Tangent:
         return self.transpose(u)[0]
 
 
-def _gaussian_solver(near, gain, sigma_y, steps, tolerance):
-    """Return r -> (sigma_y^2 + A G A^T)^-1 r, where G has the variances `gain` in cosines.
+def _gaussian_solver(near, gain, sigma_y):
+    """Return r -> (sigma_y^2 + A G A^T)^-1 r, roughly, where G has the variances `gain` in cosines.
 
-    Where y is an image, the equation is preconditioned as if its cosines were independent.
+    Where y is an image, A G A^T is preconditioned by its diagonal in cosines.
     """
 
     def system(u):
@@ -665,7 +677,7 @@ def _gaussian_solver(near, gain, sigma_y, steps, tolerance):
     if near.value.ndim == 4:
         signal = _power(lambda v: near.forwards(_filter(v, gain.sqrt())), near.x)
         precondition = functools.partial(_filter, gain=1 / (signal + sigma_y**2))
-    return lambda r: _conjugate_gradients(system, r, precondition, steps, tolerance)
+    return lambda r: _conjugate_gradients(system, r, precondition, steps=20, tolerance=0.1)
 
 
 def _power(linear, like, probes=8):
@@ -684,8 +696,8 @@ def _power(linear, like, probes=8):
 def _conjugate_residuals(respond, b, iterations, tolerance):
     """Return the sum of steps, (B, C, H, W), whose responses add up to b, (B, ...), or nearly.
 
-    respond(residual) -> a step and its response. The residual falls at every step, whatever the
-    responses (GCR, Eisenstat, Elman, Schultz 1983). An image is done at `tolerance` of b.
+    respond(residual) -> a step and its response. The residual never grows, whatever the responses
+    are (GCR, Eisenstat, Elman, Schultz 1983). An image is done at `tolerance` of b.
     """
     solution, residual, before = torch.zeros(()).to(b), b, []
     for _ in range(iterations):
@@ -741,7 +753,7 @@ def _cosines(x, inverse=False):
 
 
 @functools.cache
-def _cosine_basis(n, dtype, device):  # as rows
+def _cosine_basis(n, dtype, device):  # its rows are the cosines
     k = torch.arange(n, dtype=torch.float64)
     basis = sqrt(2 / n) * (k[:, None] * (k + 0.5) * pi / n).cos()
     basis[0] /= sqrt(2)
