@@ -250,7 +250,7 @@ def tile_level(network, y, low, high, unit=1.0):
     return min(unit * level[0].item(), high)  # rounding may exceed it
 
 
-def spread_tiles(y, size=48, most=3):
+def spread_tiles(y, size=32, most=3):
     """Return up to most x most tiles, spread over the image and the frames of y, (B, C, H, W)."""
     tiles = y
     for axis in (2, 3):

@@ -157,7 +157,7 @@ def test_white_noise_has_its_level_and_no_note():
 
 def test_noise_of_brightness_alone_is_that_of_a_lossy_file():
     # White noise of level s leaves s / sqrt(3) in the mean of the channels; here it is all there.
-    n = 0.1 * normal(1, 1, 144, 144).expand(-1, 3, -1, -1)
+    n = 0.1 * normal(1, 1, 96, 96).expand(-1, 3, -1, -1)
     sigma, notes = denoise.image_level(flat, 0.5 + n, 0.01, 1.0)
     assert sigma == pytest.approx(math.sqrt(3) * level_of(n).item(), rel=1e-3)
     assert notes == [denoise._LOSSY[0][2]]
@@ -202,10 +202,10 @@ def test_the_owner_is_told_what_is_uncertain(scale, low, high, words):
 
 
 def test_outliers_are_counted():
-    y = 0.5 + 0.05 * normal(1, 3, 48, 48)
+    y = 0.5 + 0.05 * normal(1, 3, 32, 32)
     y[0, 1, 5, [7, 30]] = 60.0
     notes = denoise.image_level(flat, y, 0.01, 1.0)[1]
-    assert notes == ["2 of 6912 values are outliers and left out"]
+    assert notes == ["2 of 3072 values are outliers and left out"]
 
 
 @pytest.mark.parametrize("white, end", [(1, "0.011"), (65535, "720.9")])
@@ -220,10 +220,10 @@ def test_a_small_part_of_the_range_is_told(white, end):
 def test_a_photograph_is_judged_by_up_to_nine_tiles_of_it():
     y = torch.arange(200.0 * 70).view(1, 1, 200, 70)
     tiles = denoise.spread_tiles(y)
-    assert tiles.shape == (6, 1, 48, 48)
-    assert torch.equal(tiles[0], y[0, :, :48, :48]) and torch.equal(tiles[5], y[0, :, 152:, 22:])
-    assert torch.equal(tiles[2], y[0, :, 76:124, :48])
-    assert torch.equal(denoise.spread_tiles(y[..., :40, :30]), y[..., :40, :30])
+    assert tiles.shape == (9, 1, 32, 32)
+    assert torch.equal(tiles[0], y[0, :, :32, :32]) and torch.equal(tiles[8], y[0, :, 168:, 38:])
+    assert torch.equal(tiles[3], y[0, :, 84:116, :32])
+    assert torch.equal(denoise.spread_tiles(y[..., :30, :20]), y[..., :30, :20])
     assert len(denoise.spread_tiles(torch.zeros(2, 3, 200, 200))) == 9
 
 
