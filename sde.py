@@ -626,8 +626,8 @@ def observed(
 def posterior_mean(denoiser, y, A, sigma_y, like, noise=torch.randn_like):
     """Return an estimate of E[x0 | y] from y = A(x0) + sigma_y n, in 24 network calls an image.
 
-    It is the mean of an antithetic pair of samples. The first pair starts from a classical fill plus
-    noise, two more from the mean of the pair before.
+    It is the mean of an antithetic pair of samples. The first pair starts from a classical fill
+    plus noise, two more from the mean of the pair before.
 
     Such a mean is smoother than images are, so the network underestimates the variances V there.
     Two factors, chosen on images, make up for that: each pair starts with 0.85 of the noise of its
