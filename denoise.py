@@ -234,9 +234,9 @@ def remarks(network, y, sigma, low, high, black, white):
         advice = ": give --sigma" if clipped > 0.3 else ""
         notes.append(f"{clipped:.0%} of the values are clipped{advice}")
     tiles = sde.cut_extremes(tiles)
-    outliers = ((tiles - grey(network, tiles)(tiles, sigma)).abs() > 6 * sigma).sum().item()
+    outliers = ((tiles - grey(network, tiles)(tiles, sigma)).abs() > 6 * sigma).double().mean()
     if outliers:
-        notes.append(f"{outliers} of {tiles.numel()} values are outliers and left out")
+        notes.append(f"{100 * outliers:.2g}% of the values are outliers and left out")
     return notes
 
 
@@ -246,7 +246,8 @@ def tile_level(network, y, low, high, unit=1.0):
         return low
     tiles = spread_tiles(y)
     ends, probes = (low / unit, high / unit), 1 if len(tiles) > 1 else 4
-    level = sde.estimate_sigma(grey(network, tiles), tiles, *ends, probes, together=True)
+    start = ends[0] if unit > 1 else None  # brightness seldom has a level above low: begin there
+    level = sde.estimate_sigma(grey(network, tiles), tiles, *ends, probes, True, start=start)
     return min(unit * level[0].item(), high)  # rounding may exceed it
 
 

@@ -384,7 +384,9 @@ def principal_components(denoiser, y, sigma, count, iterations=20, noise=torch.r
 
 
 @torch.no_grad()
-def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=16, tolerance=2e-3):
+def estimate_sigma(
+    denoiser, y, low, high, probes=4, together=False, iterations=16, tolerance=2e-3, start=None
+):
     """Return the noise level, (B,), in [low, high], that makes each y most likely under p_s.
 
     With J = dD/dy, d log p_s(y) / ds = 0 is  |y - D|^2 = s^2 tr(I - J).  Fisher's scoring finds s:
@@ -392,10 +394,11 @@ def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=
         s^2 <- s^2 + (|y - D|^2 - s^2 tr(I - J)) / tr((I - J)^2),
 
     in one step where the prior is white. A step out of the bracket of known levels goes to the
-    bracket's geometric middle. The search starts at the level of a flat image with such differences
-    of neighbours. Traces are means over `probes` fixed random vectors v of signs, and J v is a
-    difference of two network calls (Ramani, Blu, Unser 2008): 1 + probes calls an iteration, and
-    2 to 10 iterations. Up to the tolerance an estimate depends on its image alone.
+    bracket's geometric middle. The search begins at `start` or, without it, at the level of a flat
+    image with such differences of neighbours. Traces are means over `probes` fixed random vectors v
+    of signs, and J v is a difference of two network calls (Ramani, Blu, Unser 2008): 1 + probes
+    calls an iteration, and 1 to 10 iterations. Up to the tolerance an estimate depends on its image
+    alone.
 
     Values that do not show the noise as it was are left out of all sums:
         outliers   y - D beyond 6 s, in less than a tenth of an image; see also `cut_extremes`
@@ -414,7 +417,8 @@ def estimate_sigma(denoiser, y, low, high, probes=4, together=False, iterations=
     clipped = mean(((y == 0) | (y == 1)).to(y)) > 1e-3
     y = cut_extremes(y)
     differences = y.diff(dim=2).diff(dim=3) / 2
-    s = mean(differences**2).sqrt().nan_to_num(low).clamp(low, high)  # none in a single row
+    s = mean(differences**2).sqrt().nan_to_num(low)  # none in a single row
+    s = (s if start is None else torch.full_like(s, start)).clamp(low, high)
     below, above = torch.zeros_like(s), torch.full_like(s, inf)
     searching = torch.ones_like(clipped)
     for _ in range(iterations):

@@ -11,6 +11,7 @@ from PIL import Image
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
 import denoise
+import sde
 import utils
 
 FILES = {  # name: how Pillow writes it; "float" is no file
@@ -76,10 +77,14 @@ def level_found(model, y):
 
 def in_one_step(model, y, sigma):
     """Return E[x0 | y] as denoise.py does, in tiles, and for one channel as a grey image."""
-    denoiser = utils.tiled(model)
-    if y.shape[1] == 1:
-        denoiser = denoise.grey(denoiser, y)
-    return denoiser(y, sigma).cpu()
+    return denoise.grey(utils.tiled(model), y)(y, sigma).cpu()
+
+
+def expected_psnr(model, y, sigma):
+    """Return the PSNR that denoise.py expects of a large image (1, C, H, W), by one probe."""
+    noise = utils.seeded_noise([0], y.device)
+    variance = sde.expected_error(denoise.grey(utils.tiled(model), y), y, sigma, 1, noise)[1]
+    return -10 * variance.mean().log10().item()
 
 
 def each(method, y, sigma, strength):
@@ -149,8 +154,14 @@ def classical_rows(model, pairs, sigma):
 
 
 def network_rows(models, pairs, sigma):
-    """Yield a row: one-step PSNR of two networks, {label: network}, and the gain of the second."""
+    """Yield a row: one-step PSNR of two networks, {label: network}, and the gain of the second.
+
+    "expected less true" is the PSNR that the second expects without the truth, less its true one.
+    """
     first, second = (qualities(in_one_step, model, pairs, sigma) for model in models.values())
     row = {f"{label}, PSNR dB": psnr.mean() for label, psnr in zip(models, (first, second))}
     error = (second - first).std(ddof=1) / len(pairs) ** 0.5
-    yield row | {"gain dB": (second - first).mean(), "±": error}
+    row |= {"gain dB": (second - first).mean(), "±": error}
+    (_, model), off = models.values(), -second
+    off += [expected_psnr(model, y, sigma) for y, _ in pairs]
+    yield row | {"expected less true": off.mean(), "its deviation": off.std(ddof=1)}

@@ -236,6 +236,8 @@ def test_two_networks_are_compared_on_the_same_noise():
         assert abs(row["gain dB"] - 20 * math.log10(2)) < 1e-4 and row["±"] < 1e-4
         error = 4.34 * math.sqrt(2 / (2 * channels * 24 * 24))
         assert abs(row["first, PSNR dB"] - 20) < 4 * error
+        # A derivative of 1/2 promises half of the noise's variance; a quarter of it is left.
+        assert abs(row["expected less true"] + 10 * math.log10(2)) < 4 * error
 
 
 def test_levels_found_are_those_added_and_lossless_files_lose_nothing(monkeypatch):

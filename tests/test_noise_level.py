@@ -98,6 +98,20 @@ def test_an_estimate_depends_on_its_image_alone():
         torch.testing.assert_close(alone, together[one], rtol=1e-12, atol=0)
 
 
+def test_a_level_below_the_range_costs_one_iteration_from_its_lower_end():
+    y, calls = normal(1, 3, 16, 16), []
+
+    def counted(x, s):
+        calls.append(s)
+        return white_denoiser(x, s)
+
+    y = MU + math.hypot(0.3, C) / level_of(y) * y  # of noise level 0.3
+    for low, found, most in ((0.5, 0.5, 2), (0.2, 0.3, 12)):
+        calls.clear()
+        s = sde.estimate_sigma(counted, y, low, 1.0, 1, start=low).item()
+        assert s == pytest.approx(found, rel=5e-3) and len(calls) <= most
+
+
 def test_tiles_of_one_image_share_their_level():
     y = MU + torch.tensor([0.4, 0.5, 0.6, 0.7]).view(-1, 1, 1, 1) * normal(4, 3, 8, 8)
     found = sde.estimate_sigma(white_denoiser, y, 0.001, 2.0, together=True)
@@ -205,7 +219,7 @@ def test_outliers_are_counted():
     y = 0.5 + 0.05 * normal(1, 3, 32, 32)
     y[0, 1, 5, [7, 30]] = 60.0
     notes = denoise.image_level(flat, y, 0.01, 1.0)[1]
-    assert notes == ["2 of 3072 values are outliers and left out"]
+    assert notes == ["0.065% of the values are outliers and left out"]
 
 
 @pytest.mark.parametrize("white, end", [(1, "0.011"), (65535, "720.9")])
