@@ -8,7 +8,7 @@ python tests/benchmark.py --table grey          # grey images, beside classical 
 python tests/benchmark.py --table expected      # PSNR expected without the truth
 python tests/benchmark.py --table observations  # incomplete images, beside other methods
 python tests/benchmark.py --table photographs   # both networks, in colour and grey
-python tests/benchmark.py --table speed         # of one step and of a sample
+python tests/benchmark.py --table speed         # of one step, a sample, a noise level
 python tests/benchmark.py --help                # every constant below is an option
 """
 
@@ -353,8 +353,8 @@ def photographs_table(device):
     colour = photographs.read(INPUT, COUNT)
     grey = [photographs.grey(x0) for x0 in colour]
     for kind, images in (("colour", colour), ("grey", grey)):
-        print(f"\n{len(images)} photographs, {kind}, at 15/255, 25/255, 50/255 and 0.1")
-        sigmas = (15 / 255, 25 / 255, 50 / 255, 0.1)
+        print(f"\n{len(images)} photographs, {kind}")
+        sigmas = (0.02, 0.05, 15 / 255, 25 / 255, 0.1, 50 / 255, 0.5)
         print_rows(photographs.network_rows, models, images, sigmas, device)
 
 
@@ -377,17 +377,25 @@ def seconds_of(device, function, *arguments):
 
 
 def speed_table(device):
-    """Print how long one step and a sample take."""
+    """Print how long one step, a sample, and finding the noise level of a photograph take."""
     model = read_model(CHECKPOINT, device, PRECISION)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     levels = sde.noise_levels(SIGMA, model.sigma_min, STEPS)
-    rows = [{"of one image": "one step"}, {"of one image": f"a sample, {STEPS} calls"}]
+    photograph = photographs.read("photographs", 1)[0].tile(1, 10, 1)[:, :1000]
+    names = "one step", f"a sample, {STEPS} calls", "its noise level"
+    rows = [{"of one image": name} for name in names]
+    photographs.in_one_step(model, photograph[None, :, :32].to(device), SIGMA)  # takes longer
     for size in MEGAPIXELS:
-        y = noisy(torch.full((1, 3, 1000, round(1000 * size)), 0.5), SIGMA, SEED, device)
-        photographs.in_one_step(model, y, SIGMA)  # a first call takes longer
-        seconds = f"seconds at {size:g} megapixels"
-        rows[0][seconds] = seconds_of(device, photographs.in_one_step, model, y, SIGMA)
-        rows[1][seconds] = seconds_of(device, sde.adams, utils.tiled(model), y, levels)
+        width = round(1000 * size)
+        wide = photograph.tile(1, 1, 1 + width // photograph.shape[2])[None, ..., :width]
+        y = noisy(wide, SIGMA, SEED, device)
+        calls = (
+            (photographs.in_one_step, model, y, SIGMA),
+            (sde.adams, utils.tiled(model), y, levels),
+            (photographs.level_found, model, y),
+        )
+        for row, call in zip(rows, calls):
+            row[f"seconds at {size:g} megapixels"] = seconds_of(device, *call)
     print(utils.table(rows))
 
 

@@ -340,15 +340,17 @@ def test_what_is_expected_is_plotted_over_what_is_true(run, figures, monkeypatch
     assert row["one step"].allclose((row["+1 sd"] + row["-1 sd"]) / 2, atol=1e-5)
 
 
-def test_one_step_and_a_sample_are_timed_at_each_size(run, monkeypatch):
+def test_one_step_a_sample_and_a_level_are_timed_at_each_size(run, monkeypatch):
     def calls(device, function, *arguments):
+        if function is photographs.level_found:
+            return 9.0
         counted = utils.Recorder(arguments[0], 0)
         function(counted, *arguments[1:])
         return float(counted.calls)
 
     monkeypatch.setattr(benchmark, "seconds_of", calls)
     out = run(benchmark, "--table speed --megapixels 0.01 0.02 --steps 3")
-    assert re.findall(r"\d\.00", out) == ["1.00", "1.00", "3.00", "3.00"]
+    assert re.findall(r"\d\.00", out) == ["1.00", "1.00", "3.00", "3.00", "9.00", "9.00"]
 
 
 def test_the_typical_observations_are_compared_in_strong_noise_too(run, figures, monkeypatch):
