@@ -23,6 +23,7 @@ from math import exp, expm1, inf, log, pi, sqrt
 from numbers import Integral
 
 import torch
+from torch.nn.functional import avg_pool2d, interpolate
 
 LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
 
@@ -537,8 +538,9 @@ def fill(y, A, sigma_y, like):
 
         m + w,  (A^T A + sigma_y^2 P^-1) w = A^T (y - A(m)),
 
-    where an A that is not linear is linearised at m. like: (B, C, H, W), images of the shape, type
-    and device wanted. For the rest see `observed`.
+    where an A that is not linear is linearised at m. The search for w begins at A^T (y - A(m)) over
+    A^T A 1, and where a pixel is not observed at all at what is around it. like: (B, C, H, W),
+    images of the shape, type and device wanted. For the rest see `observed`.
     """
     middle = torch.full_like(like, 0.5)
     near = _Tangent(A, middle)
@@ -552,7 +554,20 @@ def fill(y, A, sigma_y, like):
         return _filter(r, 1 / (response + roughness))
 
     b = near.backwards(y - near.value)
-    return middle + _conjugate_gradients(system, b, precondition, steps=300, tolerance=1e-4)
+    start = _interpolated(b, near.backwards(near.forwards(torch.ones_like(middle))))
+    rest = b - system(start)
+    w = start + _conjugate_gradients(system, rest, precondition, steps=300, tolerance=1e-5)
+    return middle + w
+
+
+def _interpolated(values, weights):
+    """Return values / weights or, where a weight is not above 0, that of a coarser image."""
+    known = weights > 1e-6
+    mean = torch.where(known, values / weights, 0)
+    if known.all() or mean[0, 0].numel() == 1:
+        return mean
+    coarse = (avg_pool2d(known * v, 2, ceil_mode=True) for v in (values, weights))
+    return torch.where(known, mean, interpolate(_interpolated(*coarse), mean.shape[2:]))
 
 
 def observed(

@@ -18,7 +18,7 @@ import utils
 BATCH = 200  # images that go through a network together
 STEPS = 30  # network calls of a sample
 DRAWS = 8  # samples in a mean of samples
-STRENGTHS = (0.05, 0.1, 0.23, 0.5, 1.0)  # of splitting's prior; the best of them counts
+STRENGTHS = (0.01, 0.05, 0.1, 0.23, 0.5)  # of splitting's prior; the best of them counts
 
 
 def in_batches(function, y, seed):

@@ -109,6 +109,17 @@ def test_the_fill_is_the_posterior_mean_of_its_prior(A, channels):
     assert relative_error(sde.fill(y, A, SIGMA_Y, middle), middle, exact) < 0.01
 
 
+@pytest.mark.parametrize("side", [12, 60])
+def test_the_fill_of_a_hole_goes_on_what_is_around_it(side):
+    # The prior's mean, 0.5, is far away. A noise of 0.02 is averaged over the rim.
+    kept = torch.ones(100, 100)
+    kept[20 : 20 + side, 30 : 30 + side] = 0
+    x0 = torch.tensor([0.05, 0.1, 0.9]).view(1, 3, 1, 1).expand(1, 3, 100, 100)
+    y = kept * (x0 + 0.02 * normal(*x0.shape).float())
+    error = sde.fill(y, lambda x: kept * x, 0.02, x0) - x0
+    assert error[..., kept == 0].square().mean().sqrt() < 0.02
+
+
 def test_the_fill_of_a_large_smooth_image_is_below_the_noise():
     # Interpolation between many noisy pixels, a tenth of all, averages their noise of 0.02.
     wave = torch.linspace(0, 3, 250).sin()
