@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 LOWEST = 1e-100  # noise levels lie above it: smaller ones have no squares
+UNSEEN = 1e-6  # A^T A 1 lies above it where a pixel is observed
 
 # -----------------------------------------------------------------------------
 # Linear SDEs and noise levels
@@ -545,24 +546,24 @@ def fill(y, A, sigma_y, like):
     middle = torch.full_like(like, 0.5)
     near = _Tangent(A, middle)
     roughness = sigma_y**2 / natural_power(middle)
-    response = _power(lambda w: near.backwards(near.forwards(w)), middle).sqrt()
+    response = _power(near.both_ways, middle).sqrt()
 
     def system(w):
-        return near.backwards(near.forwards(w)) + _filter(w, roughness)
+        return near.both_ways(w) + _filter(w, roughness)
 
     def precondition(r):
         return _filter(r, 1 / (response + roughness))
 
     b = near.backwards(y - near.value)
-    start = _interpolated(b, near.backwards(near.forwards(torch.ones_like(middle))))
+    start = _interpolated(b, near.both_ways(torch.ones_like(middle)))
     rest = b - system(start)
     w = start + _conjugate_gradients(system, rest, precondition, steps=300, tolerance=1e-5)
     return middle + w
 
 
 def _interpolated(values, weights):
-    """Return values / weights or, where a weight is not above 0, that of a coarser image."""
-    known = weights > 1e-6
+    """Return values / weights or, where a weight is 0, that of a coarser image."""
+    known = weights > UNSEEN
     mean = torch.where(known, values / weights, 0)
     if known.all() or mean[0, 0].numel() == 1:
         return mean
@@ -646,7 +647,8 @@ def posterior_mean(denoiser, y, A, sigma_y, like, noise=torch.randn_like):
     """Return an estimate of E[x0 | y] from y = A(x0) + sigma_y n, in 24 network calls an image.
 
     It is the mean of an antithetic pair of samples. The first pair starts from a classical fill
-    plus noise, two more from the mean of the pair before.
+    plus noise, of level 0.5 or, if a pixel is not observed at all, 2: in a hole a fill may be far
+    off. Two more start from the mean of the pair before.
 
     Such a mean is smoother than images are, so the network underestimates the variances V there.
     Two factors, chosen on images, make up for that: each pair starts with 0.85 of the noise of its
@@ -658,7 +660,8 @@ def posterior_mean(denoiser, y, A, sigma_y, like, noise=torch.randn_like):
     posterior = observed(denoiser, torch.cat([y, y]), A, 0.8 * sigma_y)
     noise = antithetic(noise)
     mean = fill(y, A, sigma_y, like)
-    for high, low in ((0.5, 0.1), (0.3, 0.06), (0.15, 0.06)):
+    has_holes = (_Tangent(A, mean).both_ways(torch.ones_like(mean)) <= UNSEEN).any()
+    for high, low in ((2.0 if has_holes else 0.5, 0.1), (0.3, 0.06), (0.15, 0.06)):
         start = torch.cat([mean, mean])
         start = start + 0.85 * high * noise(start)
         pair = adams(posterior, start, noise_levels(high, low, 4), noise=noise)
@@ -681,6 +684,9 @@ class _Tangent:
 
     def backwards(self, u):  # A'^T u, from observations to images
         return self.transpose(u)[0]
+
+    def both_ways(self, v):  # A'^T A' v
+        return self.backwards(self.forwards(v))
 
 
 def _gaussian_solver(near, gain, sigma_y):

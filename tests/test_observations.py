@@ -205,10 +205,11 @@ def test_the_posterior_mean_is_that_of_a_gaussian_prior_in_24_calls(A, sigma_y):
     x0, _, _ = problem(A, 0, UNEVEN)
     y = A(x0)
     exact = change(torch.full_like(x0, MU), UNEVEN.K, y, A, sigma_y)
-    images = []
+    images, levels = [], []
 
     def denoiser(x, s):
         images.append(len(x))
+        levels.append(float(s))
         return UNEVEN(x, s)
 
     with torch.inference_mode():
@@ -216,3 +217,4 @@ def test_the_posterior_mean_is_that_of_a_gaussian_prior_in_24_calls(A, sigma_y):
     errors = [relative_error(v, MU, exact) for v in (found, sde.fill(y, A, sigma_y, x0))]
     assert errors[0] < 0.06 and errors[0] < 0.6 * errors[1]
     assert sum(images) == 24 * len(x0) and not found.requires_grad
+    assert levels[0] == (2.0 if A is mask else 0.5)
