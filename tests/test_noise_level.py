@@ -98,18 +98,20 @@ def test_an_estimate_depends_on_its_image_alone():
         torch.testing.assert_close(alone, together[one], rtol=1e-12, atol=0)
 
 
-def test_a_level_below_the_range_costs_one_iteration_from_its_lower_end():
-    y, calls = normal(1, 3, 16, 16), []
+def test_a_search_from_the_lower_end_is_over_at_once_where_the_level_is_below():
+    x0, calls = 0.5 + 0.3 * normal(1, 3, 16, 16), []  # its differences look like noise of 0.3
+    y = x0 + 0.01 * normal(1, 3, 16, 16, seed=1)
 
     def counted(x, s):
         calls.append(s)
-        return white_denoiser(x, s)
+        return known(x0)(x, s)
 
-    y = MU + math.hypot(0.3, C) / level_of(y) * y  # of noise level 0.3
-    for low, found, most in ((0.5, 0.5, 2), (0.2, 0.3, 12)):
+    for start, most in ((0.05, 2), (None, 4)):
         calls.clear()
-        s = sde.estimate_sigma(counted, y, low, 1.0, 1, start=low).item()
-        assert s == pytest.approx(found, rel=5e-3) and len(calls) <= most
+        assert sde.estimate_sigma(counted, y, 0.05, 1.0, 1, start=start).item() == 0.05
+        assert len(calls) == most
+    found = sde.estimate_sigma(known(x0), y, 0.001, 1.0, start=0.001)
+    torch.testing.assert_close(found[0], level_of(y - x0), rtol=5e-3, atol=0)
 
 
 def test_tiles_of_one_image_share_their_level():
